@@ -1,0 +1,124 @@
+"""Every error that this project raises on purpose.
+
+* EngineError
+    * UserError                         something outside the program must change before a run can start
+        * RecipeError(ValueError)       a recipe field, or a pair of fields, is wrong
+        * DataError(ValueError)         a prompt file cannot be read as the recipe says
+        * ModelError(ValueError)        a model folder is missing, broken or of the wrong kind
+        * TeacherMismatch               teacher and student do not speak the same vocabulary
+        * TeacherRefused                the teacher will never accept this request (a 4xx answer)
+        * RunDirError(OSError)          the run's folder cannot be used (read-only, full, taken)
+        * CheckpointError               no checkpoint is usable, or one does not verify
+    * TeacherUnavailable                this attempt failed; another one may succeed
+        * TeacherOverloaded             429: come back after ``retry_after_s``
+    * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
+    * GeneratorDied                     the engine that held rollouts is gone
+    * ChannelError
+        * ClosedChannel                 this end was closed by its owner
+        * BrokenChannel                 the other end is gone; what is sent now can never arrive
+        * WouldBlock                    a ``try_`` call that would have had to wait
+
+``EndOfChannel`` is not an error: it is how a stream ends.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EngineError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserError(EngineError):
+    """The user can mend this; the message says how. Shown without a traceback."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe cannot run as written; the message names the field path and the fix."""
+
+
+class DataError(UserError, ValueError):
+    """A prompt file cannot be used; the message names file and line."""
+
+
+class ModelError(UserError, ValueError):
+    """A model or tokenizer folder cannot be used; the message names the folder."""
+
+
+class TeacherMismatch(UserError):
+    """Teacher and student would talk about different tokens; refused before any work."""
+
+
+class TeacherRefused(UserError):
+    """The teacher answered 4xx: the same request can never succeed."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_refused, (str(self), self.status))
+
+
+def _rebuild_refused(message: str, status: int) -> TeacherRefused:
+    return TeacherRefused(message, status=status)
+
+
+class RunDirError(UserError, OSError):
+    """The folder of a run cannot be written, is full, or belongs to another run."""
+
+
+class CheckpointError(UserError):
+    """There is no checkpoint to resume from, or none that verifies."""
+
+
+class TeacherUnavailable(EngineError):
+    """No answer this time: connection refused, reset, timed out, 5xx, or a torn body."""
+
+
+class TeacherOverloaded(TeacherUnavailable):
+    """The teacher is alive and asks to be left alone for ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_overloaded, (str(self), self.retry_after_s))
+
+
+def _rebuild_overloaded(message: str, retry_after_s: float) -> TeacherOverloaded:
+    return TeacherOverloaded(message, retry_after_s=retry_after_s)
+
+
+class NonFiniteError(EngineError, ArithmeticError):
+    """Loss or gradient is not finite; the offending rollouts have been saved."""
+
+
+class GeneratorDied(EngineError):
+    """The generation engine is gone; what it held must be sampled again."""
+
+
+class ChannelError(EngineError):
+    """Base of the three ways a channel call can fail."""
+
+
+class ClosedChannel(ChannelError):
+    """This end was already closed by its owner."""
+
+
+class BrokenChannel(ChannelError):
+    """The other end is gone: what is sent now can never arrive."""
+
+
+class WouldBlock(ChannelError):
+    """A ``try_send`` or ``try_receive`` that would have had to wait."""
+
+
+class EndOfChannel(Exception):
+    """Every sender closed and the buffer is empty: the normal end of a stream."""

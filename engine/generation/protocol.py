@@ -1,0 +1,114 @@
+"""What the Sampler asks of whatever makes tokens. Knows nothing of training, teachers or prompts files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+import torch
+
+from engine.recipe import WeightsConfig
+from engine.types import FinishReason, SamplingParams, VersionSpan
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    request_id: int
+    """Unique among the requests that are open at a time."""
+    token_ids: tuple[int, ...]
+    """Prompt, at least one token."""
+    params: SamplingParams
+    stream_key: int
+    """Token t of the answer is drawn with number t of this stream and nothing else."""
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished answer; fields as in ``engine.types.Rollout``."""
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
+    spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+
+
+class GeneratorStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+    running: int
+    """Sequences in decode slots."""
+    waiting: int
+    num_slots: int
+    tokens_total: int
+    decode_steps_total: int
+    prefill_tokens_total: int
+    busy_s: float
+    """Seconds spent computing since ``start``."""
+
+
+class Aborted(Exception):
+    """``generate`` was given up by ``abort``; nothing of the answer is kept."""
+
+
+class Bucket(msgspec.Struct, frozen=True, kw_only=True):
+    """Some of a version's tensors. Valid until the iterator that gave it is advanced: the buffers are reused."""
+
+    names: tuple[str, ...]
+    """Hugging Face parameter names."""
+    tensors: tuple[torch.Tensor, ...]
+
+
+class Generator(Protocol):
+    """Continuous batching behind three calls. All methods are called from the event loop and never block it."""
+
+    async def start(self) -> None:
+        """Load the model and make the first decode step possible.
+
+        Raises:
+            ModelError: the folder is missing, broken, or not a causal language model.
+        """
+        ...
+
+    async def generate(self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None) -> Generation:
+        """Answer one prompt. Requests with one prompt that are open together are prefilled once.
+
+        ``on_begin(version)`` is called on the event loop when the request enters a decode slot, with the policy version that
+        its first token will be sampled under. Cancelling the call frees the slot.
+
+        Raises:
+            Aborted: ``abort`` was called for this request.
+            GeneratorDied: the engine is gone.
+            ValueError: prompt and answer do not fit the model's positions, or a token id is out of range.
+        """
+        ...
+
+    async def generate_wave(
+        self, requests: Sequence[GenerationRequest], *, on_begin: Callable[[int, int], None] | None = None
+    ) -> list[Generation]:
+        """Answer several prompts, admitted together and in this order, so that what shares a decode step is a function
+        of the arguments alone: alone in the engine, the same wave under the same weights gives the same bits.
+
+        ``on_begin(request_id, version)`` as in ``generate``.
+        """
+        ...
+
+    def abort(self, request_id: int) -> None:
+        """Give up one open request; unknown ids are ignored."""
+        ...
+
+    async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
+        """Become ``version``: returns when the next token of every sequence will come from the new weights.
+
+        ``buckets`` is consumed in a worker thread; every tensor is copied. With ``config.mode="drain"`` the switch waits
+        until all running sequences have ended, and no new one begins before it.
+
+        Raises:
+            ValueError: a name or shape that the model does not have.
+        """
+        ...
+
+    def statistics(self) -> GeneratorStatistics: ...
+
+    async def stop(self) -> None:
+        """Give up what is open (``Aborted``) and free the model. Idempotent."""
+        ...

@@ -1,0 +1,322 @@
+"""What a run is: a frozen tree of settings with bounds in the types and relations in ``__post_init__``.
+
+A recipe file is Python with ``def recipe() -> Recipe``. This module knows no actor, no torch and no file: it decides
+only whether a tree of values makes sense. ``engine.build`` turns the tree into actors.
+
+    P = rollouts_per_step      S = max_staleness (policy versions)      K = teacher.top_k
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import RecipeError
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every part of a recipe: immutable, keyword-only, no field unknown."""
+
+
+class StudentConfig(Section, frozen=True, kw_only=True):
+    """The model that is trained."""
+
+    path: str
+    """Folder in Hugging Face format: config, weights, tokenizer."""
+    dtype: Dtype = "float32"
+    """Of the master weights."""
+    trust_remote_code: bool = False
+
+
+class ObjectiveConfig(Section, frozen=True, kw_only=True):
+    """The divergence that is minimised, per response token (``ops``)."""
+
+    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
+    """What happens to probability outside the teacher's top-k ∪ {sampled token}."""
+
+
+class DataConfig(Section, frozen=True, kw_only=True):
+    """Where prompts come from."""
+
+    path: str
+    """A .jsonl or .parquet file."""
+    prompt_column: str = "prompt"
+    """A string, or a list of {"role", "content"} messages."""
+    chat: bool = True
+    """A plain string is wrapped as one user message by the tokenizer's chat template; False: taken as it is."""
+    reference_column: str | None = None
+    """A column with a completion to train on off-policy."""
+    reference_share: Fraction = 0.0
+    """Share of prompt occurrences trained on the reference instead of a sample (λ of GKD is 1 − this)."""
+    max_prompt_tokens: Positive = 1024
+    too_long: Literal["refuse", "filter"] = "refuse"
+    """A row whose prompt, or reference completion, does not fit: stop before the run, or leave it out and say how many."""
+    shuffle: bool = True
+    """A new order each epoch, from the seed; False keeps the order of the file."""
+    first_row: NonNegative = 0
+    """Rows before this one are not used (held-out rows live in the same file)."""
+    num_rows: Positive | None = None
+    """Rows used from ``first_row`` on; None: all."""
+
+
+class SamplerConfig(Section, frozen=True, kw_only=True):
+    """How the student answers."""
+
+    backend: Literal["hf"] = "hf"
+    max_new_tokens: Positive = 256
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = 0
+    stop_ids: tuple[int, ...] | None = None
+    """None: the end-of-sequence ids of the model's generation config."""
+    num_slots: Positive = 16
+    """Sequences decoded side by side."""
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    num_threads: Positive = 1
+    """CPU threads of the decode loop."""
+
+
+class HttpTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="http"):
+    """One or more replicas of the teacher service (``python -m teacher``)."""
+
+    urls: Annotated[tuple[str, ...], Meta(min_length=1)]
+    token_file: str | None = None
+    """A file whose first line is the bearer token."""
+    top_k: Positive = 64
+    values: Literal["float16", "float32"] = "float16"
+    """Log-probabilities on the wire; float16 is off by at most 2⁻¹¹ of the value (docs/protocol.md)."""
+    max_in_flight: Positive = 32
+    """Requests at each replica at a time."""
+    deadline_s: PositiveFloat = 120.0
+    """One attempt at one replica."""
+    hedge_after_s: PositiveFloat | None = None
+    """Ask a second replica when the first has not answered after this long; None: never."""
+    backoff_s: PositiveFloat = 0.25
+    """First wait before another attempt; doubles with jitter up to ``max_backoff_s``."""
+    max_backoff_s: PositiveFloat = 10.0
+    breaker_failures: Positive = 3
+    """Failures in a row that take a replica out until a health probe succeeds."""
+    probe_every_s: PositiveFloat = 1.0
+
+
+class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="local"):
+    """The teacher in this process, without HTTP."""
+
+    model: str
+    top_k: Positive = 64
+    device: str = "cpu"
+    dtype: Dtype = "float32"
+    max_batch_tokens: Positive = 2048
+    num_threads: Positive = 1
+    trust_remote_code: bool = False
+    max_in_flight: Positive = 32
+
+
+class LearnerConfig(Section, frozen=True, kw_only=True):
+    """How the student learns."""
+
+    backend: Literal["hf"] = "hf"
+    lr: PositiveFloat = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    """Linear from 0."""
+    min_lr_share: Fraction = 0.0
+    """Where cosine ends, as a share of ``lr``."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; None: no clipping."""
+    micro_batch_tokens: Positive = 4096
+    """Prompt and response tokens of one forward and backward pass; no rollout may be longer."""
+    micro_batch_rollouts: Positive | None = None
+    """Also start a micro-batch when this many rollouts are ready; None: only tokens count."""
+    packing: Literal["packed", "padded"] = "packed"
+    """"packed": one row, common prefixes computed once, tree attention mask (needs eager or sdpa attention);
+    "padded": rows sorted by length (any model)."""
+    autocast: bool = True
+    """bf16 matrix products where the device has them; no effect on CPU."""
+    gradient_checkpointing: bool = False
+    block_rows: Positive = 256
+    """Full-vocabulary rows held at a time by the loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go on."""
+    device: str = "cpu"
+    num_threads: Positive = 1
+
+
+class WeightsConfig(Section, frozen=True, kw_only=True):
+    """How a new policy version reaches the generators."""
+
+    mode: Literal["in_flight", "drain"] = "in_flight"
+    """Between two decode steps, or when every running rollout has ended."""
+    kv_cache: Literal["recompute", "keep"] = "recompute"
+    """After an in-flight switch: recompute the running rollouts' keys and values, or go on with the old ones."""
+    bucket_bytes: Positive = 64 << 20
+
+
+class EvalConfig(Section, frozen=True, kw_only=True):
+    """Held-out measurement, with the same prompts and the same random streams every time."""
+
+    data: DataConfig
+    """``reference_column`` holds the teacher's own greedy answers, when there are any."""
+    every_steps: NonNegative = 0
+    """0: only before the first step and after the last."""
+    max_new_tokens: Positive | None = None
+    """None: as the sampler."""
+    top_k: Positive | None = None
+    """None: as the teacher; a larger K makes the tail bucket smaller and the KL exact."""
+    num_shown: NonNegative = 3
+    """Answers printed in the summary."""
+    scorer: str | None = None
+    """"module:function", called as ``function(prompt: str, answer: str) -> float``; its mean is reported."""
+
+
+class CheckpointConfig(Section, frozen=True, kw_only=True):
+    every_steps: NonNegative = 50
+    """0: only at the end and when the run is asked to stop."""
+    keep: Positive = 2
+    """Older ones are deleted."""
+
+
+class NodeConfig(Section, frozen=True, kw_only=True):
+    """This process as the outside sees it."""
+
+    host: str = "127.0.0.1"
+    port: Port = 0
+    """0: any free port (written to the log and to ``node.json`` in the run's folder)."""
+    token_file: str | None = None
+    """Required when ``host`` is not a loopback address."""
+    grace_s: PositiveFloat = 60.0
+    """After SIGINT or SIGTERM: how long the step under way may take to finish before it is left for the resumed run."""
+
+
+class Recipe(Section, frozen=True, kw_only=True):
+    """One experiment."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+$")]
+    steps: Positive
+    student: StudentConfig
+    teacher: HttpTeacher | LocalTeacher
+    data: DataConfig
+    seed: int = 0
+    max_staleness: NonNegative = 1
+    """S: policy versions between the first token of a rollout and the step that trains on it; 0 is synchronous."""
+    rollouts_per_step: Positive = 64
+    """P."""
+    samples_per_prompt: Positive = 1
+    deterministic: bool = False
+    """Same seed, same weights, bit for bit: everything composed by ticket instead of arrival. Needs max_staleness=0."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvalConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    node: NodeConfig = NodeConfig()
+
+    def __post_init__(self) -> None:
+        if self.deterministic and self.max_staleness > 0:
+            raise RecipeError(
+                f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way while the "
+                "weights change, what is sampled depends on timing; set max_staleness=0 or deterministic=false"
+            )
+        longest = self.data.max_prompt_tokens + self.sampler.max_new_tokens
+        if longest > self.learner.micro_batch_tokens:
+            raise RecipeError(
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} + sampler.max_new_tokens="
+                f"{self.sampler.max_new_tokens} = {longest} tokens do not fit into learner.micro_batch_tokens="
+                f"{self.learner.micro_batch_tokens}; raise the last or lower one of the others"
+            )
+        if self.data.reference_share > 0 and self.data.reference_column is None:
+            raise RecipeError(
+                f"data.reference_share={self.data.reference_share} needs data.reference_column, which is not set; "
+                "name the column with the completions or set the share to 0"
+            )
+        if self.learner.warmup_steps > self.steps:
+            raise RecipeError(
+                f"learner.warmup_steps={self.learner.warmup_steps} is more than steps={self.steps}; "
+                "the run would end before its learning rate is reached"
+            )
+        if self.node.host not in ("127.0.0.1", "localhost", "::1") and self.node.token_file is None:
+            raise RecipeError(
+                f"node.host={self.node.host!r} can be reached from other machines and node.token_file is not set; "
+                "name a file with a token, or bind to 127.0.0.1"
+            )
+
+
+def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
+    """Apply ``a.b=value`` strings, then check types and bounds of the whole tree.
+
+    Struct constructors do not check ``Meta`` bounds; this conversion does, so every recipe passes through here, also
+    with no assignments. A value is read as JSON when it is JSON (numbers, true, null, lists) and as a string otherwise.
+
+    Raises:
+        RecipeError: no such field, a value of the wrong type or out of its bounds, or fields that contradict each other.
+    """
+    tree: dict[str, Any] = msgspec.to_builtins(recipe)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {assignment}: expected field=value, for example --set learner.lr=1e-4")
+        _assign(tree, path.strip(), _value(text), assignment)
+    try:
+        return msgspec.convert(tree, Recipe, strict=False)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if isinstance(cause, RecipeError):
+            raise cause from None
+        raise RecipeError(f"recipe {recipe.name!r}: {error}") from None
+
+
+def describe(recipe: Recipe) -> str:
+    """The resolved tree as indented JSON: what ``--show`` prints and ``recipe.json`` of a run holds."""
+    return msgspec.json.format(msgspec.json.encode(recipe), indent=2).decode()
+
+
+def from_json(text: bytes) -> Recipe:
+    """Read back what ``describe`` wrote.
+
+    Raises:
+        RecipeError: not a recipe of this version.
+    """
+    try:
+        return msgspec.json.decode(text, type=Recipe)
+    except msgspec.MsgspecError as error:
+        raise RecipeError(f"recipe.json: {error}; was it written by another version of this program?") from error
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> None:
+    *parents, leaf = path.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        node = node.get(key)
+        if not isinstance(node, dict):
+            raise RecipeError(
+                f"--set {assignment}: no section {'.'.join(parents[: depth + 1])!r} in this recipe; "
+                f"the fields here are {', '.join(sorted(tree))}"
+            )
+    if leaf not in node:
+        raise RecipeError(
+            f"--set {assignment}: no field {path!r} in this recipe; the fields there are {', '.join(sorted(node))}"
+        )
+    node[leaf] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text.encode())
+    except msgspec.DecodeError:
+        return text
