@@ -1,0 +1,1 @@
+"""What tests share: tiny real models and tokenizers, made on the spot."""
