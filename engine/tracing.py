@@ -12,7 +12,6 @@ delivery of lines; what they mean is decided where they are written and where th
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import platform
@@ -447,10 +446,16 @@ class _Libraries(logging.Handler):
 
 
 def _prints(handler: logging.Handler) -> bool:
-    """Writes to this process's terminal (and not to a file, or to a test's buffer)."""
-    if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+    """Writes to this process's standard output or error (and not to a file or a buffer)."""
+    if not isinstance(handler, logging.StreamHandler):
         return False
-    return not isinstance(handler.stream, io.StringIO)
+    stream = handler.stream
+    if stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        return True
+    try:
+        return stream.fileno() in (1, 2)
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is both of the last
+        return False
 
 
 def _level_name(number: int) -> str:
