@@ -93,7 +93,7 @@ def tiny_model(
     Equal arguments give equal bits. The caller's global random state is left as it was.
 
     Args:
-        vocab: rows of the output layer; None: 384, the tokenizer's size. More rows than that are padding, as in real models.
+        vocab: rows of the output layer; None: the tokenizer's 384. Rows beyond that are padding, as real models have.
         kv_heads: groups of keys and values (not used by gpt2).
         scale: standard deviation of the weights. 0.2 gives distributions that are far from uniform and differ clearly
             between seeds; the usual 0.02 would make every model of this size say the same.

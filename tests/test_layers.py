@@ -1,0 +1,288 @@
+"""The judge of the house: who may import whom.
+
+Every module of ours stands on a floor of ``FLOORS``. It imports only from its own floor or lower ones, without cycles;
+a module that stands nowhere fails until it is placed. Which library may enter at which floor is decided here as well.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("engine", "ops", "recipes", "teacher")
+
+# Low to high. A folder's pattern (``engine.actors.*``) places all that will ever lie in it; single files are named.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    (
+        "engine.clock",
+        "engine.errors",
+        "engine.messages",
+        "engine.streams",
+        "engine.types",
+    ),
+    (
+        "engine.actor",
+        "engine.flow",
+        "engine.ledger",
+        "engine.metrics",
+        "engine.recipe",
+        "engine.schedule",
+        "engine.tracing",
+    ),
+    (
+        "engine.checkpoint",
+        "engine.generation.*",
+        "engine.prompts",
+        "engine.training.*",
+        "engine.transport.*",
+        "ops.*",
+        "teacher.client",
+        "teacher.fingerprint",
+        "teacher.pool",
+        "teacher.protocol",
+        "teacher.token",
+        "teacher.wire",
+    ),
+    (
+        "engine.actors.*",
+        "teacher.backend_*",
+        "teacher.batcher",
+        "teacher.local",
+        "teacher.server",
+    ),
+    (
+        "engine.build",
+        "engine.graph",
+        "engine.monitor.*",
+        "engine.node",
+        "engine.supervisor",
+    ),
+    (
+        "engine.report",
+        "engine.run",
+        "engine.trace",
+        "recipes.*",
+        "teacher.__main__",
+    ),
+)
+
+# Libraries that are heavy or that carry a decision, and the lowest floor that may import them.
+FROM_FLOOR = {"structlog": 1, "prometheus_client": 1, "numpy": 2, "torch": 2, "safetensors": 2, "transformers": 2}
+# Below this floor only the standard library, msgspec and what FROM_FLOOR allows.
+FIRST_FREE_FLOOR = 2
+# Imported in these files alone, and only inside functions: everything else runs on machines that do not have them.
+ADAPTERS = {
+    "megatron": ("engine.training.megatron",),
+    "vllm": ("engine.generation.vllm", "teacher.backend_vllm"),
+}
+# ``engine`` modules that the teacher service, deployable alone, may lean on.
+OPEN_TO_TEACHER = frozenset(
+    {"engine.clock", "engine.errors", "engine.types", "engine.recipe", "engine.tracing", "engine.metrics"}
+)
+# Actors know channels and protocols, never each other.
+STRANGERS = tuple(
+    f"engine.actors.{name}"
+    for name in ("evaluator", "learner", "prompt_feeder", "sampler", "teacher_proxy", "weight_syncer")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    target: str
+    """Full name: of a module of ours, or of whatever is imported from a library."""
+    line: int
+    lazy: bool
+    """Inside a function, or only read by type checkers."""
+
+
+def module_name(path: Path, *, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int | None:
+    for floor, patterns in enumerate(FLOORS):
+        if any(fnmatchcase(module, pattern) for pattern in patterns):
+            return floor
+    return None
+
+
+def imports_of(source: str, *, modules: frozenset[str]) -> Iterator[Import]:
+    """All imports of one file, also those inside functions. ``from package import module`` counts as the module."""
+    yield from _walk(ast.parse(source), modules, lazy=False)
+
+
+def _walk(node: ast.AST, modules: frozenset[str], *, lazy: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(target=alias.name, line=child.lineno, lazy=lazy)
+        elif isinstance(child, ast.ImportFrom):
+            base = "." * child.level + (child.module or "")
+            for alias in child.names:
+                full = f"{base}.{alias.name}"
+                yield Import(target=full if full in modules else base, line=child.lineno, lazy=lazy)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(child)
+            yield from _walk(child, modules, lazy=lazy or inside)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def faults_of(module: str, source: str, *, modules: frozenset[str], is_package: bool = False) -> list[str]:
+    """What is wrong with one module's imports, one sentence each; empty when nothing is."""
+    imports = list(imports_of(source, modules=modules))
+    if is_package:
+        return [
+            f"{module}/__init__.py imports {found.target}: a second path to one name; import it where it is defined"
+            for found in imports
+            if found.target.partition(".")[0] in ROOMS
+        ]
+    floor = floor_of(module)
+    if floor is None:
+        return [f"{module} stands on no floor; place it in FLOORS of tests/test_layers.py"]
+    return [fault for found in imports if (fault := _fault(module, floor, found)) is not None]
+
+
+def _fault(module: str, floor: int, found: Import) -> str | None:
+    room, target = module.partition(".")[0], found.target
+    library = target.partition(".")[0]
+    where = f"{module}:{found.line}"
+    if target.startswith("."):
+        return f"{where} imports {target!r} relatively; write the full name"
+    if library == "tests":
+        return f"{where} imports {target} from the tests"
+    if library not in ROOMS:
+        return _library_fault(module, floor, found)
+    if room == "ops" and library != "ops":
+        return f"{where} imports {target}; ops stands alone and takes tensors"
+    if room == "teacher" and library == "engine" and target not in OPEN_TO_TEACHER:
+        return f"{where} imports {target}; the teacher service is deployable alone and knows no such thing"
+    if module in STRANGERS and target in STRANGERS:
+        return f"{where} imports {target}; actors know channels, not each other"
+    other = floor_of(target)
+    if other is None:
+        return f"{where} imports {target}, which is no module of the house; import the module that defines the name"
+    if other > floor:
+        return f"{where} (floor {floor}) imports {target} (floor {other}), which lies above it"
+    return None
+
+
+def _library_fault(module: str, floor: int, found: Import) -> str | None:
+    library = found.target.partition(".")[0]
+    where = f"{module}:{found.line}"
+    if library in ADAPTERS:
+        if module not in ADAPTERS[library]:
+            return f"{where} imports {library}, which belongs into {' and '.join(ADAPTERS[library])} alone"
+        if not found.lazy:
+            return f"{where} imports {library} when it is loaded; import it inside the function that needs it"
+        return None
+    if floor < FROM_FLOOR.get(library, 0):
+        return f"{where} (floor {floor}) imports {library}, which is allowed from floor {FROM_FLOOR[library]} up"
+    if floor < FIRST_FREE_FLOOR and library not in {"msgspec", *FROM_FLOOR, *sys.stdlib_module_names}:
+        return f"{where} (floor {floor}) imports {library}; down there stand the standard library and msgspec"
+    return None
+
+
+PATHS = {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
+MODULES = frozenset(PATHS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_its_floor_allows(module: str) -> None:
+    path = PATHS[module]
+
+    faults = faults_of(module, path.read_text(), modules=MODULES, is_package=path.name == "__init__.py")
+
+    assert not faults, "\n".join(faults)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        module: {found.target for found in imports_of(path.read_text(), modules=MODULES) if found.target in MODULES}
+        for module, path in PATHS.items()
+    }
+
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_the_lower_floors_load_without_torch() -> None:
+    """A recipe can be checked, and a schedule decided, on a machine that has neither torch nor numpy."""
+    low = sorted(module for module in MODULES if (floor := floor_of(module)) is not None and floor < FIRST_FREE_FLOOR)
+    program = (
+        f"import sys, {', '.join(low)}\nheavy = {{'torch', 'numpy', 'transformers', 'aiohttp'}} & set(sys.modules)"
+        "\nassert not heavy, heavy"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        (
+            "engine.flow",
+            "import engine.actors.sampler",
+            r"flow:1 \(floor 1\) imports engine.actors.sampler \(floor 3\)",
+        ),
+        ("engine.flow", "def f():\n    from engine import build", r"flow:2 .* imports engine.build \(floor 4\)"),
+        ("engine.recipe", "import torch", r"imports torch, which is allowed from floor 2 up"),
+        ("engine.types", "from structlog import get_logger", r"imports structlog, which is allowed from floor 1 up"),
+        ("engine.recipe", "import aiohttp", r"imports aiohttp; down there stand the standard library and msgspec"),
+        ("engine.actors.sampler", "from . import learner", r"relatively; write the full name"),
+        ("engine.actors.sampler", "from engine.actors.learner import Learner", r"actors know channels, not each other"),
+        ("engine.transport.channel", "from tests.support import models", r"from the tests"),
+        ("ops.losses", "from engine.errors import EngineError", r"ops stands alone"),
+        ("teacher.server", "from engine.schedule import Schedule", r"knows no such thing"),
+        ("teacher.client", "from teacher.server import Server", r"\(floor 2\) imports teacher.server \(floor 3\)"),
+        (
+            "engine.training.hf",
+            "def f():\n    import vllm",
+            r"belongs into engine.generation.vllm and teacher.backend_vl",
+        ),
+        ("engine.training.megatron", "from megatron.core import tensor_parallel", r"inside the function that needs it"),
+        ("engine.novelty", "import json", r"stands on no floor; place it in FLOORS"),
+        ("engine.actors.sampler", "from engine import Sampler", r"imports engine, which is no module of the house"),
+    ],
+)
+def test_the_judge_finds_a_planted_fault(module: str, source: str, fault: str) -> None:
+
+    known = MODULES | {"engine.build", "engine.actors.sampler", "engine.actors.learner", "engine.schedule"}
+
+    (found,) = faults_of(module, source, modules=known)
+
+    assert re.search(fault, found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("engine.flow", "import heapq, msgspec, structlog\nfrom engine.types import Prompt"),
+        ("engine.generation.vllm", "def f():\n    from vllm import SamplingParams"),
+        ("engine.generation.vllm", "if TYPE_CHECKING:\n    import vllm"),
+        ("engine.actors.sampler", "from engine.transport.channel import Sender\nimport torch"),
+        ("teacher.server", "from engine.errors import UserError\nfrom teacher.protocol import Scores"),
+    ],
+)
+def test_the_judge_lets_pass_what_is_right(module: str, source: str) -> None:
+    assert faults_of(module, source, modules=MODULES | {"engine.transport.channel"}) == []
+
+
+def test_a_package_gives_no_second_path_to_a_name() -> None:
+    (fault,) = faults_of("engine.actors", "from engine.actors.sampler import Sampler", modules=MODULES, is_package=True)
+
+    assert "a second path to one name" in fault
