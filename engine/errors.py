@@ -13,6 +13,7 @@
         * TeacherOverloaded             429: come back after ``retry_after_s``
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * GeneratorDied                     the engine that held rollouts is gone
+    * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
     * ChannelError
         * ClosedChannel                 this end was closed by its owner
         * BrokenChannel                 the other end is gone; what is sent now can never arrive
@@ -102,6 +103,10 @@ class NonFiniteError(EngineError, ArithmeticError):
 
 class GeneratorDied(EngineError):
     """The generation engine is gone; what it held must be sampled again."""
+
+
+class MalformedFrame(EngineError, ValueError):
+    """Bytes from outside that are not what the wire format says; nothing of them was used."""
 
 
 class ChannelError(EngineError):

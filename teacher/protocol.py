@@ -1,18 +1,33 @@
-"""What a teacher says of an answer, and what it says of itself. (Wire format below; docs/protocol.md is its text.)"""
+"""What a teacher is asked, what it says of an answer, and what it says of itself.
+
+The values only: how they look on a wire is ``teacher.wire``, how they are computed is a back end's business. Imports
+numpy and msgspec, no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engine.errors import TeacherRefused
+
+PROTOCOL = 1
+"""Raised by one with every change of the wire format; client and service must agree."""
+
+Values = Literal["float16", "float32"]
+
+LOWEST_LOGPROB = -65504.0
+"""Log-probabilities are finite: what is below this, −inf too, is given as this (float16's most negative number)."""
+
 
 class Scores(msgspec.Struct, frozen=True, kw_only=True):
     """Teacher's view of one response of T tokens. Row t is the distribution that token t was, or could have been, drawn
-    from: after the prompt and response tokens before t. Log-probabilities are nats under the full softmax at temperature 1."""
+    from: after the prompt and response tokens before t. Log-probabilities are nats under the full softmax at
+    temperature 1, and finite (``LOWEST_LOGPROB``)."""
 
     top_ids: npt.NDArray[np.int32]
     """[T, K], descending by log-probability; ties by id ascending."""
@@ -40,6 +55,38 @@ class TeacherInfo(msgspec.Struct, frozen=True, kw_only=True):
     protocol: int
 
 
+class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """One response to be scored, as arrays. ``score_request`` makes one from what ``Teacher.score`` is called with."""
+
+    prompt_ids: npt.NDArray[np.int32]
+    """[P], P ≥ 1."""
+    response_ids: npt.NDArray[np.int32]
+    """[T], T ≥ 1."""
+    top_k: int
+    extra_ids: npt.NDArray[np.int32] | None = None
+    """[T, E]"""
+    alone: bool = False
+    request_id: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response together: what ``TeacherInfo.max_length`` bounds."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def asks_the_same_as(self, other: ScoreRequest) -> bool:
+        """Whether both have the same answer."""
+        if self.extra_ids is None or other.extra_ids is None:
+            same_extra = self.extra_ids is other.extra_ids
+        else:
+            same_extra = np.array_equal(self.extra_ids, other.extra_ids)
+        return (
+            same_extra
+            and self.top_k == other.top_k
+            and np.array_equal(self.prompt_ids, other.prompt_ids)
+            and np.array_equal(self.response_ids, other.response_ids)
+        )
+
+
 class Teacher(Protocol):
     """One teacher, near or far. ``TeacherClient``, ``LocalTeacher`` and ``ReplicaPool`` are teachers."""
 
@@ -61,7 +108,8 @@ class Teacher(Protocol):
             prompt_ids: at least one token.
             response_ids: T ≥ 1 tokens.
             extra_ids: [T, E] int32, ids to look up per position.
-            alone: computed in a forward pass of its own, so that the answer does not depend on what else the teacher does.
+            alone: computed in a forward pass of its own, so that the answer does not depend on what else the teacher
+                does.
             request_id: equal ids mean the same request: an answer that is under way or just made is given again.
 
         Raises:
@@ -71,3 +119,83 @@ class Teacher(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def score_request(
+    *,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    top_k: int,
+    extra_ids: npt.NDArray[np.int32] | None = None,
+    alone: bool = False,
+    request_id: str | None = None,
+) -> ScoreRequest:
+    """Arguments of ``Teacher.score`` as arrays, checked for what needs no model.
+
+    Raises:
+        TeacherRefused: (422) no prompt, no response, an id outside [0, 2³¹), top_k < 1, or extra_ids of another shape.
+    """
+    response = _ids("response_ids", response_ids)
+    extra = None if extra_ids is None else _ids("extra_ids", extra_ids)
+    for name, array in (("prompt_ids", prompt := _ids("prompt_ids", prompt_ids)), ("response_ids", response)):
+        if array.ndim != 1 or len(array) == 0:
+            raise TeacherRefused(f"{name} has shape {list(array.shape)}, expected at least one id in a row", status=422)
+    if extra is not None and (extra.ndim != 2 or len(extra) != len(response)):
+        raise TeacherRefused(
+            f"extra_ids has shape {list(extra.shape)}, expected [{len(response)}, E]: one row per response token",
+            status=422,
+        )
+    if top_k < 1:
+        raise TeacherRefused(f"top_k={top_k}, expected at least 1", status=422)
+    return ScoreRequest(
+        prompt_ids=prompt,
+        response_ids=response,
+        top_k=top_k,
+        extra_ids=extra,
+        alone=alone,
+        request_id=request_id,
+    )
+
+
+def check_fits(request: ScoreRequest, info: TeacherInfo) -> None:
+    """Refuse what this teacher can never answer.
+
+    Raises:
+        TeacherRefused: (422) too long, an id that the model does not have, or more values per token than it gives.
+    """
+    if request.num_tokens > info.max_length:
+        raise TeacherRefused(
+            f"{len(request.prompt_ids)} prompt and {len(request.response_ids)} response tokens are "
+            f"{request.num_tokens} together, this teacher takes at most {info.max_length}; "
+            "send shorter ones, or start the teacher with a larger --max-length if its model allows it",
+            status=422,
+        )
+    for name, wanted in (("top_k", request.top_k), ("extra ids per token", _num_extra(request))):
+        limit = min(info.max_top_k, info.vocab_size)
+        if wanted > limit:
+            raise TeacherRefused(
+                f"{name}={wanted}, this teacher gives at most {limit}; "
+                "ask for less or start it with a larger --max-top-k",
+                status=422,
+            )
+    for field in ("prompt_ids", "response_ids", "extra_ids"):
+        array = getattr(request, field)
+        if array is not None and array.size and int(array.max()) >= info.vocab_size:
+            raise TeacherRefused(
+                f"{field} has id {int(array.max())}, this teacher's vocabulary ends at {info.vocab_size - 1}; "
+                "do student and teacher share a tokenizer?",
+                status=422,
+            )
+
+
+def _ids(name: str, ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    array = np.asarray(ids)
+    if array.size == 0:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu" or int(array.min()) < 0 or int(array.max()) >= 2**31:
+        raise TeacherRefused(f"{name} must be whole numbers from 0 to 2**31 - 1", status=422)
+    return array.astype(np.int32)
+
+
+def _num_extra(request: ScoreRequest) -> int:
+    return 0 if request.extra_ids is None else int(request.extra_ids.shape[1])
