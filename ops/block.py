@@ -1,0 +1,67 @@
+"""One block of full-vocabulary rows: from logits to the gradient, in the buffer that holds them.
+
+    B rows of the block      V vocabulary      C = K + 1 columns of the support      K teacher's top-k
+
+Passes over the [B, V] buffer: one to find the largest logits of the tail, one for exp, one for its sum, one to scale it
+into the gradient. Everything else is [B, C].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.coarse import Coarse, coarsen, entropy, solve
+from ops.objectives import Objective
+from ops.scores import Support
+
+METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy")
+
+
+def solve_block(
+    objective: Objective, logits: Tensor, support: Support, *, want_gradient: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values and metrics of the block; ``logits`` is overwritten with the gradient of the sum of the values.
+
+    Args:
+        logits: [B, V] float32 or float64, contiguous. With ``want_gradient=False`` it holds nothing of use afterwards.
+        support: of the same B rows.
+
+    Returns:
+        [B] float64 nats, and [B] float64 for each of ``METRICS`` (see ``ops.divergence.Divergence``).
+    """
+    num_top = support.ids.shape[1] - 1
+    support_logits = logits.gather(1, support.ids).double()
+    logits.scatter_(1, support.ids, -torch.inf)
+    largest = logits.topk(min(max(num_top, 1), logits.shape[1]), dim=1).values.double()
+    top = largest[:, :1]
+    # A tail of which nothing is left (or only −inf) keeps its −inf: exp(−inf − 0) is 0 as it should be, not NaN.
+    shift = top.masked_fill(top == -torch.inf, 0.0)
+    logits.sub_(shift).exp_()
+    tail_sum = logits.sum(dim=1, dtype=logits.dtype).double()
+    coarse = coarsen(support_logits, tail_sum.log() + shift.squeeze(1), support.logprobs)
+
+    values, gradient = solve(objective, coarse)
+    if want_gradient:
+        per_unit = gradient[:, -1] / tail_sum.masked_fill(tail_sum == 0.0, 1.0)
+        logits.mul_(per_unit.unsqueeze(1).to(logits.dtype))
+        # Added, not written: padded columns repeat an id of their row and bring 0.
+        logits.scatter_add_(1, support.ids, gradient[:, :-1].to(logits.dtype))
+    return values, _metrics(coarse, support, support_logits, largest)
+
+
+def _metrics(coarse: Coarse, support: Support, support_logits: Tensor, largest_of_tail: Tensor) -> dict[str, Tensor]:
+    top, num_top = support.named[:, :-1], support.ids.shape[1] - 1
+    named_logits = support_logits.masked_fill(~support.named, -torch.inf)
+    ranked = torch.cat((named_logits, largest_of_tail), dim=1).topk(max(num_top, 1), dim=1).values
+    num_named = top.sum(dim=1)
+    # The student's k-th largest logit, k being the length of the teacher's list in this row.
+    threshold = ranked.gather(1, (num_named - 1).clamp(min=0).unsqueeze(1))
+    shared = ((named_logits[:, :-1] >= threshold) & top).sum(dim=1)
+    return {
+        "teacher_mass": support.logprobs[:, :-1].exp().sum(dim=1),
+        "student_mass": coarse.log_q[:, :-2].exp().sum(dim=1),
+        "topk_overlap": shared.double() / num_named.clamp(min=1),
+        "teacher_entropy": entropy(coarse.log_p),
+        "student_entropy": entropy(coarse.log_q),
+    }
