@@ -1,0 +1,50 @@
+"""The demo: a pruned SmolLM2-135M learns to answer like the whole one, on a CPU, in minutes.
+
+The student is the teacher without six of its thirty layers; cut like that it speaks haltingly, and on-policy distillation
+repairs it. The teacher runs as its own process:
+
+    python -m recipes.smollm2_models --out models/smollm2
+    python -m teacher --model models/smollm2/teacher --port 8765 &
+    python -m engine.run recipes/smollm2.py
+
+or all of it, and the stopping afterwards: ``make demo``.
+"""
+
+from __future__ import annotations
+
+from engine.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    HttpTeacher,
+    LearnerConfig,
+    Recipe,
+    SamplerConfig,
+    StudentConfig,
+    WeightsConfig,
+)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="smollm2",
+        steps=30,
+        student=StudentConfig(path="models/smollm2/student"),
+        teacher=HttpTeacher(urls=("http://127.0.0.1:8765",)),
+        # The last 16 of the 128 rows are held out. The longest prompt is 51 tokens with its chat template.
+        data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
+        max_staleness=1,
+        rollouts_per_step=8,
+        samples_per_prompt=2,
+        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16),
+        learner=LearnerConfig(lr=2e-4, betas=(0.9, 0.95), grad_clip=1.0, micro_batch_tokens=512),
+        # A new version comes every few seconds and an answer is 48 tokens: computing its keys and values again at each
+        # switch would cost more than it brings.
+        weights=WeightsConfig(kv_cache="keep"),
+        evaluation=EvalConfig(
+            data=DataConfig(
+                path="models/smollm2/held_out.jsonl", reference_column="teacher_answer", max_prompt_tokens=64
+            )
+        ),
+        checkpoint=CheckpointConfig(every_steps=10, keep=2),
+    )
