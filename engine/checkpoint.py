@@ -332,7 +332,7 @@ def _seal(folder: Path, state: CheckpointState) -> int:
 def _replace(aside: Path, final: Path) -> None:
     """Put ``aside`` in the place of ``final``.
 
-    Between the two renames the old one lives under its ``.old-`` name: ``latest`` finds it there and ``recover`` puts it
+    Between the two renames the old one lives under its ``.old-`` name: ``latest`` finds it there, ``recover`` puts it
     back.
     """
     if not final.exists():

@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "engine.checkpoint",
         "engine.generation.*",
+        "engine.prompt_files",
         "engine.prompts",
         "engine.training.*",
         "engine.transport.*",
