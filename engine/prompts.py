@@ -56,6 +56,8 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> Any: ...
 
+    def get_vocab(self) -> dict[str, int]: ...
+
 
 class PromptRow(msgspec.Struct, frozen=True, kw_only=True):
     """One usable row of a prompt file."""

@@ -10,13 +10,10 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
-import structlog
-
 from engine.flow import FinishStep, Flow, FlowSnapshot, Stop, Train, Wait
 from engine.ledger import Ledger
+from engine.tracing import log
 from engine.types import Prompt, Rollout
-
-log = structlog.get_logger()
 
 
 class Schedule:
@@ -73,8 +70,8 @@ class Schedule:
         return self._flow.num_admissible() == 0 and self._flow.snapshot().admitted == num_received
 
     async def wait_live(self, version: int) -> None:
-        """Return when every generator holds ``version`` or a later one, or when nothing will be trained any more."""
-        while self._flow.live < version and not self._finished:
+        """Return when every generator holds ``version`` or a later one."""
+        while self._flow.live < version:
             await self._change()
 
     async def wait_finished(self) -> None:
@@ -97,7 +94,7 @@ class Schedule:
                     self._next_ticket += 1
                 self._flow.admit(prompt.rollout_id)
                 self._ledger.dispatched(prompt)
-                log.debug(
+                log.info(
                     "rollout.dispatched",
                     rollout_id=prompt.rollout_id,
                     epoch=prompt.epoch,
@@ -120,11 +117,12 @@ class Schedule:
         """Its first token will be sampled under ``version``."""
         self._flow.begin(rollout_id, version=version)
 
-    def requeued(self, rollout_id: int, reason: str) -> None:
-        """What was sampled of it is lost; it will begin again."""
-        self._flow.requeue(rollout_id)
-        self._ledger.requeued(rollout_id, reason)
-        log.warning("rollout.requeued", rollout_id=rollout_id, reason=reason)
+    def requeued(self, prompt: Prompt, reason: str) -> None:
+        """What was sampled of it is lost; a sampler has it again and it will begin once more."""
+        self._flow.requeue(prompt.rollout_id)
+        self._ledger.requeued(prompt.rollout_id, reason)
+        self._ledger.dispatched(prompt)
+        log.warning("rollout.requeued", rollout_id=prompt.rollout_id, reason=reason)
         self._notify()
 
     def sampled(self, rollout: Rollout) -> None:

@@ -1,0 +1,213 @@
+"""Measures one policy version on held-out prompts: how far the student is from the teacher on its own answers, and on the
+teacher's. Called by the learner between two steps; the same prompts and random streams every time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from engine.actors.teacher_proxy import request_id
+from engine.generation.protocol import GenerationRequest, Generator
+from engine.tracing import log, span
+from engine.training.protocol import EvalResult
+from engine.types import Prompt, Rollout, SamplingParams, ScoredRollout, VersionSpan
+from teacher.protocol import Scores, Teacher
+
+Measure = Callable[[Sequence[ScoredRollout[Scores]]], Awaitable[list[EvalResult]]]
+"""Held-out answers under the learner's present weights."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    prompt: str
+    answer: str
+    kl: float
+    """Mean forward KL over the answer's tokens, nats per token."""
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``evaluations.jsonl``. All divergences in nats per token, means over all tokens."""
+
+    version: int
+    num_prompts: int
+    num_tokens: int
+    kl: float
+    """Forward KL(teacher ‖ student) on the student's own answers."""
+    reference_kl: float | None = None
+    """The same on the reference answers (the teacher's own greedy ones, say)."""
+    reference_nll: float | None = None
+    """−log-probability of the reference answers under the student."""
+    score: float | None = None
+    """Mean of the recipe's scorer over the student's answers."""
+    answers: tuple[Answer, ...] = ()
+    references: tuple[str, ...] = ()
+    """Of the same prompts as ``answers``, when the file has them."""
+
+
+class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
+    """One held-out row."""
+
+    prompt: Prompt
+    text: str
+    reference_text: str | None = None
+
+
+class Evaluator:
+    """Args:
+    held_out: rows; ``rollout_id`` of their prompts must not clash with tickets of the run (use negative ones).
+    measure: scored answers → sums, computed with the learner's weights.
+    decode: token ids → text.
+    scorer: called as ``scorer(prompt text, answer text)`` for each of the student's answers.
+    path: where every evaluation is appended as one JSON line.
+    """
+
+    def __init__(
+        self,
+        *,
+        held_out: Sequence[HeldOut],
+        generator: Generator,
+        teacher: Teacher,
+        measure: Measure,
+        params: SamplingParams,
+        top_k: int,
+        alone: bool,
+        num_shown: int,
+        decode: Callable[[Sequence[int]], str],
+        scorer: Callable[[str, str], float] | None,
+        path: Path,
+    ) -> None:
+        self._held_out = held_out
+        self._generator = generator
+        self._teacher = teacher
+        self._measure = measure
+        self._params = params
+        self._top_k = top_k
+        self._alone = alone
+        self._num_shown = num_shown
+        self._decode = decode
+        self._scorer = scorer
+        self._path = path
+        self._scored_references: list[ScoredRollout[Scores]] | None = None
+
+    async def evaluate(self, version: int) -> None:
+        """Measure version ``version``, which must be live and stay so until this returns; log and append the result."""
+        with span("eval.run", version=version) as facts:
+            answers = await self._answer(version)
+            results = await self._measure(await self._score(answers))
+            references = await self._references()
+            reference_results = await self._measure(references) if references else []
+            evaluation = self._conclude(version, answers, results, reference_results)
+            facts.add(
+                step=version,
+                num_prompts=evaluation.num_prompts,
+                num_tokens=evaluation.num_tokens,
+                kl=evaluation.kl,
+                reference_kl=evaluation.reference_kl,
+                reference_nll=evaluation.reference_nll,
+                score=evaluation.score,
+            )
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(evaluation) + b"\n")
+        for answer in evaluation.answers:
+            log.info("eval.answer", version=version, prompt=answer.prompt, answer=answer.answer, kl=answer.kl)
+
+    async def _answer(self, version: int) -> list[Rollout]:
+        requests = [
+            GenerationRequest(
+                request_id=row.prompt.rollout_id,
+                token_ids=row.prompt.token_ids,
+                params=self._params,
+                stream_key=row.prompt.stream_key,
+            )
+            for row in self._held_out
+        ]
+        generations = await self._generator.generate_wave(requests)
+        return [
+            Rollout(
+                prompt=row.prompt,
+                response_ids=generation.token_ids,
+                logprobs=generation.logprobs,
+                sampling_logprobs=generation.sampling_logprobs,
+                spans=generation.spans,
+                finish_reason=generation.finish_reason,
+            )
+            for row, generation in zip(self._held_out, generations, strict=True)
+        ]
+
+    async def _references(self) -> list[ScoredRollout[Scores]]:
+        # The teacher does not change during a run: its view of its own answers is asked for once.
+        if self._scored_references is None:
+            self._scored_references = await self._score(
+                [
+                    Rollout(
+                        prompt=row.prompt,
+                        response_ids=row.prompt.reference_ids,
+                        logprobs=(),
+                        sampling_logprobs=(),
+                        spans=(VersionSpan(version=0, start=0, end=len(row.prompt.reference_ids)),),
+                        finish_reason="reference",
+                    )
+                    for row in self._held_out
+                    if row.prompt.reference_ids
+                ]
+            )
+        return self._scored_references
+
+    async def _score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout[Scores]]:
+        async def score(rollout: Rollout) -> ScoredRollout[Scores]:
+            scores = await self._teacher.score(
+                prompt_ids=rollout.prompt.token_ids,
+                response_ids=rollout.response_ids,
+                top_k=self._top_k,
+                alone=self._alone,
+                request_id=request_id(rollout, self._top_k),
+            )
+            return ScoredRollout(rollout=rollout, scores=scores)
+
+        return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
+
+    def _conclude(
+        self,
+        version: int,
+        answers: Sequence[Rollout],
+        results: Sequence[EvalResult],
+        reference_results: Sequence[EvalResult],
+    ) -> Evaluation:
+        texts = [self._decode(rollout.response_ids) for rollout in answers]
+        num_tokens = sum(result.num_tokens for result in results)
+        num_reference_tokens = sum(result.num_tokens for result in reference_results)
+        shown = range(min(self._num_shown, len(answers)))
+        score = None
+        if self._scorer is not None:
+            values = [self._scorer(row.text, text) for row, text in zip(self._held_out, texts, strict=True)]
+            score = sum(values) / len(values)
+        return Evaluation(
+            version=version,
+            num_prompts=len(answers),
+            num_tokens=num_tokens,
+            kl=sum(result.kl_sum for result in results) / num_tokens,
+            reference_kl=_mean(sum(r.kl_sum for r in reference_results), num_reference_tokens),
+            reference_nll=_mean(sum(r.nll_sum for r in reference_results), num_reference_tokens),
+            score=score,
+            answers=tuple(
+                Answer(
+                    prompt=self._held_out[i].text, answer=texts[i], kl=results[i].kl_sum / results[i].num_tokens
+                )
+                for i in shown
+            ),
+            references=tuple(self._held_out[i].reference_text or "" for i in shown),
+        )
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """All evaluations of a run, oldest first; a torn last line (the process was killed while writing) is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [msgspec.json.decode(line, type=Evaluation) for line in lines[:-1] if line]

@@ -1,0 +1,111 @@
+"""Has every rollout scored by the teacher. Retries, hedges and parking are the teacher's (``teacher.pool``); this actor
+decides only what happens to a rollout that the teacher will never take."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from engine.actor import Actor
+from engine.actors.in_flight import InFlight, first_of
+from engine.errors import EndOfChannel, TeacherRefused
+from engine.schedule import Schedule
+from engine.tracing import log, span
+from engine.transport.channel import Receiver, Sender
+from engine.types import Rollout, ScoredRollout
+from teacher.protocol import Scores, Teacher
+
+
+class TeacherProxy(Actor):
+    """Keeps a bounded number of rollouts at the teacher.
+
+    Consumes: Rollout from ``rollouts``
+        waits for:     a finished rollout; a place at the teacher
+        unblocked by:  Sampler.run sending one; the teacher answering
+    Produces: ScoredRollout into ``scored``
+        waits for:     room in the channel
+        unblocked by:  Learner receiving one
+
+    May be restarted: rollouts that it held are scored again, under the same request ids.
+
+    Args:
+        alone: deterministic runs: have each rollout scored in a forward pass of its own.
+        max_refusals: refusals in a row after which the run fails instead of going through the whole prompt file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        rollouts: Receiver[Rollout],
+        scored: Sender[ScoredRollout[Scores]],
+        teacher: Teacher,
+        schedule: Schedule,
+        top_k: int,
+        concurrency: int,
+        alone: bool,
+        max_refusals: int,
+    ) -> None:
+        super().__init__(name)
+        self._rollouts = rollouts
+        self._scored = scored
+        self._teacher = teacher
+        self._schedule = schedule
+        self._top_k = top_k
+        self._concurrency = concurrency
+        self._alone = alone
+        self._max_refusals = max_refusals
+        self._refusals = 0
+        self._held: dict[int, Rollout] = {}
+        """Received and not yet sent on."""
+
+    async def run(self) -> None:
+        tasks = InFlight(limit=self._concurrency)
+        try:
+            for rollout in list(self._held.values()):
+                await tasks.room()
+                tasks.start(self._score(rollout))
+            while True:
+                await tasks.room()
+                try:
+                    rollout = await self._rollouts.receive()
+                except EndOfChannel:
+                    break
+                self._held[rollout.rollout_id] = rollout
+                tasks.start(self._score(rollout))
+            await first_of(tasks.join(), self._schedule.wait_finished())
+        finally:
+            await tasks.cancel()
+        self._scored.close()
+
+    async def stop(self) -> None:
+        await self._teacher.close()
+
+    async def _score(self, rollout: Rollout) -> None:
+        try:
+            with span("teacher.score", rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens):
+                scores = await self._teacher.score(
+                    prompt_ids=rollout.prompt.token_ids,
+                    response_ids=rollout.response_ids,
+                    top_k=self._top_k,
+                    alone=self._alone,
+                    request_id=request_id(rollout, self._top_k),
+                )
+        except TeacherRefused as refusal:
+            self._refusals += 1
+            if self._refusals >= self._max_refusals:
+                raise
+            self._schedule.failed(rollout.rollout_id, f"teacher refused: {refusal}")
+        else:
+            self._refusals = 0
+            await self._scored.send(ScoredRollout(rollout=rollout, scores=scores))
+        del self._held[rollout.rollout_id]
+
+
+def request_id(rollout: Rollout, top_k: int) -> str:
+    """Equal for equal questions and for no others: the ticket, and a digest of the tokens, because a ticket that is
+    sampled again after a crash asks about another answer."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(np.asarray((top_k, len(rollout.prompt.token_ids)), dtype="<i8").tobytes())
+    digest.update(np.asarray(rollout.prompt.token_ids + rollout.response_ids, dtype="<i8").tobytes())
+    return f"{rollout.rollout_id}-{digest.hexdigest()}"

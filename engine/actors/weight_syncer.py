@@ -1,0 +1,75 @@
+"""Brings each new policy version to the generator and says when it is live. Does not decide when versions are made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from engine.actor import Actor
+from engine.generation.protocol import Generator
+from engine.recipe import WeightsConfig
+from engine.schedule import Schedule
+from engine.tracing import span
+from engine.training.protocol import Trainer
+from engine.transport.channel import Receiver
+
+
+class WeightPush:
+    """Gives the generator the learner's present weights; called by the syncer, and by a sampler that had to start again.
+
+    The learner goes on with the next step's forward and backward while a version travels: those only read the weights.
+    ``weights_lock`` keeps its optimizer away until the last tensor is copied.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        trainer: Trainer,
+        schedule: Schedule,
+        config: WeightsConfig,
+        weights_lock: asyncio.Lock,
+    ) -> None:
+        self._generator = generator
+        self._trainer = trainer
+        self._schedule = schedule
+        self._config = config
+        self._weights_lock = weights_lock
+
+    async def __call__(self) -> None:
+        """Return when the generator holds them and the schedule knows."""
+        async with self._weights_lock:
+            version = self._trainer.version
+            with span("weights.push", version=version):
+                await self._generator.update_weights(
+                    version, self._trainer.export(bucket_bytes=self._config.bucket_bytes), config=self._config
+                )
+        self._schedule.weights_live(version)
+
+
+class WeightSyncer(Actor):
+    """The way back.
+
+    Consumes: policy versions from ``versions``
+        waits for:     an optimizer step
+        unblocked by:  Learner.run sending a version
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        versions: Receiver[int],
+        schedule: Schedule,
+        push: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(name)
+        self._versions = versions
+        self._schedule = schedule
+        self._push = push
+
+    async def run(self) -> None:
+        async for version in self._versions:
+            # A restarted sampler may have loaded this version already.
+            if self._schedule.live < version:
+                await self._push()

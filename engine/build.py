@@ -1,0 +1,399 @@
+"""From a recipe to a graph of actors and channels, and from a graph to living objects: the only place that knows all
+classes. Nothing here runs; ``engine.node`` starts what is made."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.actor import Actor, RestartPolicy, Worker
+from engine.actors.checkpointer import Checkpointer
+from engine.actors.evaluator import Evaluator, HeldOut
+from engine.actors.learner import Learner
+from engine.actors.prompt_feeder import PromptFeeder
+from engine.actors.sampler import Sampler
+from engine.actors.teacher_proxy import TeacherProxy
+from engine.actors.weight_syncer import WeightPush, WeightSyncer
+from engine.check import Inputs, load_scorer, sampling_params
+from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
+from engine.clock import Clock
+from engine.flow import Flow
+from engine.generation.protocol import Generator
+from engine.graph import ActorSpec, ChannelSpec, Graph, Ports
+from engine.ledger import Ledger
+from engine.parts import Parts
+from engine.prompts import PromptRow, PromptSet, PromptSource
+from engine.recipe import HttpTeacher, Recipe
+from engine.run_dir import RunDir
+from engine.schedule import Schedule
+from engine.streams import stream_key
+from engine.training.protocol import Trainer
+from engine.transport.channel import Receiver, Sender, open_channel
+from engine.types import Prompt, ScoredRollout
+from teacher.protocol import Scores, Teacher
+
+_RESTARTS = RestartPolicy(max_restarts=3, window_s=300.0, backoff_s=1.0, max_backoff_s=30.0)
+"""For actors that hold nothing which cannot be made again."""
+
+_SCORED_BYTES = 256 << 20
+"""Scores that may wait in front of the learner."""
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True):
+    """A graph come to life, not started."""
+
+    actors: tuple[Actor, ...]
+    """In the order in which they start."""
+    restarts: dict[str, RestartPolicy | None]
+    senders: dict[str, Sender[Any]]
+    """One end of every channel, for its statistics."""
+
+
+def standard_graph(recipe: Recipe) -> Graph:
+    """The loop of the architecture: prompts → sampler → teacher proxy → learner → weight syncer."""
+    per_step = recipe.rollouts_per_step
+    return Graph(
+        actors=(
+            ActorSpec(
+                name="prompt_feeder",
+                make=_prompt_feeder,
+                produces="prompts",
+                about=f"admits up to {(recipe.max_staleness + 1) * per_step} rollouts at a time",
+            ),
+            ActorSpec(
+                name="sampler",
+                make=_sampler,
+                consumes="prompts",
+                produces="rollouts",
+                restart=_RESTARTS,
+                about=f"{recipe.sampler.backend} on {recipe.sampler.device}, {recipe.sampler.num_slots} slots",
+            ),
+            ActorSpec(
+                name="teacher_proxy",
+                make=_teacher_proxy,
+                consumes="rollouts",
+                produces="scored",
+                restart=_RESTARTS,
+                about=_about_teacher(recipe),
+            ),
+            ActorSpec(
+                name="learner",
+                make=_learner,
+                consumes="scored",
+                produces="versions",
+                about=f"{recipe.learner.backend} on {recipe.learner.device}, {recipe.objective.kind}, "
+                f"{per_step} rollouts per step",
+            ),
+            ActorSpec(name="weight_syncer", make=_weight_syncer, consumes="versions", about=recipe.weights.mode),
+        ),
+        channels=(
+            # A prompt that waits here has taken a slot and is not being answered: few, unless a wave is collected.
+            ChannelSpec(
+                name="prompts",
+                carries="Prompt",
+                max_items=per_step if recipe.deterministic else max(2, recipe.samples_per_prompt),
+            ),
+            ChannelSpec(name="rollouts", carries="Rollout", max_items=2 * per_step),
+            ChannelSpec(
+                name="scored",
+                carries="ScoredRollout",
+                max_items=2 * per_step,
+                max_weight=_SCORED_BYTES,
+                weigh=_num_bytes,
+                unit="bytes",
+            ),
+            ChannelSpec(name="versions", carries="policy version", max_items=recipe.max_staleness + 2),
+        ),
+    )
+
+
+def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool, clock: Clock) -> Parts:
+    """Open the ledger, find the checkpoint, and make the collaborators; heavy ones load when their actor starts.
+
+    Raises:
+        UserError: the ledger or the checkpoints cannot be used.
+    """
+    ledger = Ledger.open(
+        run_dir.ledger,
+        run_name=recipe.name,
+        seed=recipe.seed,
+        identity={
+            "prompts": inputs.prompts.digest,
+            "samples_per_prompt": str(recipe.samples_per_prompt),
+            "rollouts_per_step": str(recipe.rollouts_per_step),
+        },
+    )
+    try:
+        store = CheckpointStore(run_dir.checkpoints, keep=recipe.checkpoint.keep)
+        checkpoint = store.latest() if resume else None
+        schedule = _schedule(recipe, inputs.prompts, ledger, checkpoint)
+    except BaseException:
+        ledger.close()
+        raise
+    generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
+    return Parts(
+        recipe=recipe,
+        run_dir=run_dir,
+        clock=clock,
+        tokenizer=inputs.student.tokenizer,
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        ledger=ledger,
+        schedule=schedule,
+        store=store,
+        checkpoint=checkpoint,
+        generator=generator,
+        trainer=trainer,
+        teacher=_teacher(recipe),
+        params=sampling_params(recipe, inputs.student),
+        learner_worker=Worker("learner"),
+        weights_lock=weights_lock,
+        push_weights=WeightPush(
+            generator=generator,
+            trainer=trainer,
+            schedule=schedule,
+            config=recipe.weights,
+            weights_lock=weights_lock,
+        ),
+    )
+
+
+def build(graph: Graph, parts: Parts) -> Built:
+    """Make the channels and the actors of ``graph``."""
+    graph.check()
+    ends: dict[str | None, tuple[Sender[Any], Receiver[Any]]] = {
+        channel.name: open_channel(
+            channel.name,
+            max_items=channel.max_items,
+            max_weight=channel.max_weight,
+            weigh=channel.weigh,
+            clock=parts.clock,
+        )
+        for channel in graph.channels
+    }
+    nothing: tuple[Sender[Any], Receiver[Any]] = open_channel("nothing", max_items=1)
+    actors = tuple(
+        spec.make(
+            Ports(
+                name=spec.name,
+                input=ends.get(spec.consumes, nothing)[1],
+                output=ends.get(spec.produces, nothing)[0],
+                parts=parts,
+            )
+        )
+        for spec in graph.start_order()
+    )
+    return Built(
+        actors=actors,
+        restarts={spec.name: spec.restart for spec in graph.actors},
+        senders={name: sender for name, (sender, _) in ends.items() if name is not None},
+    )
+
+
+def _schedule(recipe: Recipe, prompts: PromptSet, ledger: Ledger, checkpoint: Checkpoint | None) -> Schedule:
+    step = 0 if checkpoint is None else checkpoint.step
+    source = PromptSource(
+        prompts,
+        samples_per_prompt=recipe.samples_per_prompt,
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+        reference_share=recipe.data.reference_share,
+    )
+    again = ledger.rewind(step)
+    return Schedule(
+        flow=Flow(
+            rollouts_per_step=recipe.rollouts_per_step,
+            max_staleness=recipe.max_staleness,
+            num_steps=max(recipe.steps, step),
+            micro_batch_tokens=recipe.learner.micro_batch_tokens,
+            micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
+            version=step,
+            by_ticket=recipe.deterministic,
+        ),
+        ledger=ledger,
+        make_prompt=source.make_prompt,
+        next_ticket=ledger.next_ticket(),
+        again=[source.make_prompt(occurrence.rollout_id) for occurrence in again],
+    )
+
+
+def _generator(recipe: Recipe) -> Generator:
+    from engine.generation.hf import HFGenerator
+
+    return HFGenerator(config=recipe.sampler, student=recipe.student)
+
+
+def _trainer(recipe: Recipe) -> Trainer:
+    from engine.training.hf import HFTrainer
+
+    return HFTrainer(
+        config=recipe.learner,
+        student=recipe.student,
+        objective=recipe.objective,
+        steps=recipe.steps,
+        seed=recipe.seed,
+    )
+
+
+def _teacher(recipe: Recipe) -> Teacher:
+    if isinstance(recipe.teacher, HttpTeacher):
+        from teacher.pool import connect
+
+        return connect(recipe.teacher)
+    from teacher.local import LocalTeacher
+
+    return LocalTeacher(recipe.teacher)
+
+
+def _prompt_feeder(ports: Ports) -> Actor:
+    return PromptFeeder(ports.name, prompts=ports.output, schedule=ports.parts.schedule)
+
+
+def _sampler(ports: Ports) -> Actor:
+    parts = ports.parts
+    recipe = parts.recipe
+    return Sampler(
+        ports.name,
+        prompts=ports.input,
+        rollouts=ports.output,
+        generator=parts.generator,
+        schedule=parts.schedule,
+        params=parts.params,
+        # A few more than there are slots, so that a finished slot is refilled at the next decode step.
+        concurrency=recipe.sampler.num_slots + max(1, recipe.samples_per_prompt),
+        waves=recipe.deterministic,
+        load_weights=parts.push_weights,
+    )
+
+
+def _teacher_proxy(ports: Ports) -> Actor:
+    recipe = ports.parts.recipe
+    num_replicas = len(recipe.teacher.urls) if isinstance(recipe.teacher, HttpTeacher) else 1
+    return TeacherProxy(
+        ports.name,
+        rollouts=ports.input,
+        scored=ports.output,
+        teacher=ports.parts.teacher,
+        schedule=ports.parts.schedule,
+        top_k=recipe.teacher.top_k,
+        concurrency=recipe.teacher.max_in_flight * num_replicas,
+        alone=recipe.deterministic,
+        max_refusals=max(8, recipe.rollouts_per_step),
+    )
+
+
+def _learner(ports: Ports) -> Actor:
+    parts = ports.parts
+    recipe = parts.recipe
+    trainer, worker, checkpoint = parts.trainer, parts.learner_worker, parts.checkpoint
+
+    def load() -> None:
+        if checkpoint is None:
+            trainer.start()
+        else:
+            trainer.load(checkpoint.path)
+
+    evaluator = None if parts.held_out is None else _evaluator(parts, parts.held_out)
+    return Learner(
+        ports.name,
+        scored=ports.input,
+        versions=ports.output,
+        load=load,
+        trainer=trainer,
+        worker=worker,
+        schedule=parts.schedule,
+        weights_lock=parts.weights_lock,
+        checkpoint=Checkpointer(
+            store=parts.store, ledger=parts.ledger, trainer=trainer, worker=worker, make_state=_state_maker(parts)
+        ).save,
+        checkpoint_every=recipe.checkpoint.every_steps,
+        evaluate=None if evaluator is None else evaluator.evaluate,
+        evaluate_every=0 if recipe.evaluation is None else recipe.evaluation.every_steps,
+        last_step=recipe.steps,
+        hold_for_evaluation=recipe.deterministic,
+        folder=parts.run_dir.path,
+    )
+
+
+def _weight_syncer(ports: Ports) -> Actor:
+    return WeightSyncer(
+        ports.name, versions=ports.input, schedule=ports.parts.schedule, push=ports.parts.push_weights
+    )
+
+
+def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
+    recipe = parts.recipe
+    config = recipe.evaluation
+    assert config is not None
+    worker, trainer, tokenizer = parts.learner_worker, parts.trainer, parts.tokenizer
+
+    async def measure(scored: Sequence[ScoredRollout[Scores]]) -> Any:
+        return await worker.call(trainer.evaluate, scored)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    return Evaluator(
+        held_out=[_held_out_row(recipe.seed, i, row, decode) for i, row in enumerate(held_out)],
+        generator=parts.generator,
+        teacher=parts.teacher,
+        measure=measure,
+        params=msgspec.structs.replace(
+            parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens
+        ),
+        top_k=config.top_k or recipe.teacher.top_k,
+        alone=recipe.deterministic,
+        num_shown=config.num_shown,
+        decode=decode,
+        scorer=None if config.scorer is None else load_scorer(config.scorer),
+        path=parts.run_dir.evaluations,
+    )
+
+
+def _held_out_row(seed: int, i: int, row: PromptRow, decode: Callable[[Sequence[int]], str]) -> HeldOut:
+    return HeldOut(
+        prompt=Prompt(
+            rollout_id=-1 - i,
+            epoch=0,
+            prompt_index=row.prompt_index,
+            sample_index=0,
+            token_ids=row.token_ids,
+            reference_ids=row.reference_ids,
+            stream_key=stream_key("eval", seed, row.prompt_index),
+        ),
+        text=row.text,
+        reference_text=None if row.reference_ids is None else decode(row.reference_ids),
+    )
+
+
+def _state_maker(parts: Parts) -> Callable[[int, str], CheckpointState]:
+    recipe, ledger = parts.recipe, parts.ledger
+
+    def make_state(step: int, digest: str) -> CheckpointState:
+        return CheckpointState(
+            run_name=recipe.name,
+            step=step,
+            seed=recipe.seed,
+            recipe=msgspec.to_builtins(recipe),
+            next_ticket=ledger.next_ticket(),
+            ledger_steps=ledger.steps_done,
+            weight_digest=digest,
+            packages=package_versions(),
+        )
+
+    return make_state
+
+
+def _about_teacher(recipe: Recipe) -> str:
+    teacher = recipe.teacher
+    where = ", ".join(teacher.urls) if isinstance(teacher, HttpTeacher) else f"{Path(teacher.model).name} in this process"
+    return f"{where}, top {teacher.top_k}"
+
+
+def _num_bytes(scored: ScoredRollout[Scores]) -> float:
+    scores = scored.scores
+    return float(scores.top_ids.nbytes + scores.top_logprobs.nbytes + scores.sampled_logprobs.nbytes)

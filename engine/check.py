@@ -1,0 +1,364 @@
+"""Everything that can be known to be wrong before anything starts. ``--check`` prints it; every run begins with it.
+
+Each check is a function that returns one line of what it found or raises a ``UserError`` that says what to mend. All are
+tried, so that one look shows all mistakes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.checkpoint import check_disk
+from engine.errors import (
+    EngineError,
+    ModelError,
+    RecipeError,
+    RunDirError,
+    TeacherMismatch,
+    TeacherUnavailable,
+    UserError,
+)
+from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
+from engine.recipe import EvalConfig, HttpTeacher, LocalTeacher, Recipe
+from engine.run_dir import RunDir
+from engine.types import SamplingParams
+from teacher.fingerprint import fingerprint
+from teacher.pool import connect
+from teacher.protocol import PROTOCOL, TeacherInfo
+from teacher.token import read_token
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One check and how it ended."""
+
+    subject: str
+    ok: bool
+    text: str
+
+
+class Student(msgspec.Struct, frozen=True, kw_only=True):
+    """What the student's folder says of it."""
+
+    config: Any
+    """transformers config."""
+    tokenizer: Tokenizer
+    max_length: int
+    """Positions that it has."""
+    stop_ids: tuple[int, ...]
+    weight_bytes: int
+
+
+class Inputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checks had to load and a run can use as it is."""
+
+    student: Student
+    prompts: PromptSet
+    held_out: PromptSet | None
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    findings: tuple[Finding, ...]
+    inputs: Inputs | None
+    """None when something is wrong."""
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if not finding.ok)
+
+
+async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
+    """Look at everything that ``recipe`` names.
+
+    Args:
+        out: the run's folder; None: not known yet, so only the space on this disk is looked at.
+        resume: the folder may hold a run.
+    """
+    findings: list[Finding] = []
+
+    def attempt(subject: str, look: Callable[[], tuple[str, Any]]) -> Any:
+        try:
+            text, value = look()
+        except UserError as error:
+            findings.append(Finding(subject=subject, ok=False, text=str(error)))
+            return None
+        findings.append(Finding(subject=subject, ok=True, text=text))
+        return value
+
+    student: Student | None = attempt("student", lambda: _student(recipe))
+    prompts = held_out = None
+    if student is not None:
+        prompts = attempt("prompts", lambda: _prompts(recipe, student.tokenizer))
+        if recipe.evaluation is not None:
+            evaluation = recipe.evaluation
+            held_out = attempt("held-out", lambda: _held_out(recipe, evaluation, student.tokenizer))
+        attempt("lengths", lambda: _lengths(recipe, student))
+        try:
+            findings.append(Finding(subject="teacher", ok=True, text=await _teacher(recipe, student)))
+        except EngineError as error:
+            findings.append(Finding(subject="teacher", ok=False, text=str(error)))
+        attempt("disk", lambda: _disk(recipe, student, out))
+    attempt("devices", lambda: _devices(recipe))
+    attempt("port", lambda: _port(recipe))
+    if out is not None:
+        attempt("folder", lambda: _folder(out, resume=resume))
+    whole = all(finding.ok for finding in findings) and student is not None and prompts is not None
+    return Checked(
+        findings=tuple(findings),
+        inputs=Inputs(student=student, prompts=prompts, held_out=held_out) if whole and student and prompts else None,
+    )
+
+
+def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
+    sampler = recipe.sampler
+    return SamplingParams(
+        max_new_tokens=sampler.max_new_tokens,
+        temperature=sampler.temperature,
+        top_p=sampler.top_p,
+        top_k=sampler.top_k,
+        stop_ids=student.stop_ids if sampler.stop_ids is None else sampler.stop_ids,
+    )
+
+
+def load_scorer(name: str) -> Callable[[str, str], float]:
+    """"module:function" → the function.
+
+    Raises:
+        RecipeError: there is no such thing, or it cannot be called.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        scorer = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"evaluation.scorer={name!r} cannot be loaded: {error}; expected 'module:function'") from error
+    if not callable(scorer):
+        raise RecipeError(f"evaluation.scorer={name!r} is {type(scorer).__name__}, expected a function")
+    return scorer  # type: ignore[no-any-return]
+
+
+def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
+    """The transformers config of a model folder.
+
+    Raises:
+        ModelError: missing, unreadable, without weights, or not a causal language model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{role} {path!r} is not a folder; expected a model in Hugging Face format")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{role} {path!r} has no config.json; expected a model in Hugging Face format")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{role} {path!r} has no *.safetensors; save the model with save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{role} {path!r}: config.json cannot be read: {error}") from error
+    if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{role} {path!r} is a {config.model_type!r} model, expected a causal language model")
+    return config
+
+
+def _student(recipe: Recipe) -> tuple[str, Student]:
+    path, trust = recipe.student.path, recipe.student.trust_remote_code
+    config = look_at_model(path, trust_remote_code=trust, role="student.path")
+    tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    weight_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    student = Student(
+        config=config,
+        tokenizer=tokenizer,
+        max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
+        stop_ids=_stop_ids(Path(path), config),
+        weight_bytes=weight_bytes,
+    )
+    return f"{path}: {config.model_type}, {weight_bytes / 2**20:,.0f} MiB, vocabulary {config.vocab_size:,}", student
+
+
+def _stop_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    ids = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    if ids is None:
+        ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
+    prompts = load_prompts(recipe.data, tokenizer, max_new_tokens=recipe.sampler.max_new_tokens, name="data")
+    return _counted(recipe.data.path, prompts), prompts
+
+
+def _held_out(recipe: Recipe, evaluation: EvalConfig, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
+    if evaluation.scorer is not None:
+        load_scorer(evaluation.scorer)
+    new_tokens = evaluation.max_new_tokens or recipe.sampler.max_new_tokens
+    prompts = load_prompts(evaluation.data, tokenizer, max_new_tokens=new_tokens, name="evaluation.data")
+    return _counted(evaluation.data.path, prompts), prompts
+
+
+def _counted(path: str, prompts: PromptSet) -> str:
+    filtered = f", {prompts.num_filtered:,} filtered" if prompts.num_filtered else ""
+    return f"{path}: {len(prompts):,} prompts{filtered}"
+
+
+def _lengths(recipe: Recipe, student: Student) -> tuple[str, None]:
+    longest = _longest(recipe)
+    if longest > student.max_length:
+        raise RecipeError(
+            f"prompts and answers may be {longest} tokens long, the student has {student.max_length} positions; "
+            "lower data.max_prompt_tokens or sampler.max_new_tokens"
+        )
+    return f"at most {longest} tokens, the student has {student.max_length}", None
+
+
+def _longest(recipe: Recipe) -> int:
+    longest = recipe.data.max_prompt_tokens + recipe.sampler.max_new_tokens
+    if recipe.evaluation is not None:
+        new_tokens = recipe.evaluation.max_new_tokens or recipe.sampler.max_new_tokens
+        longest = max(longest, recipe.evaluation.data.max_prompt_tokens + new_tokens)
+    return longest
+
+
+async def _teacher(recipe: Recipe, student: Student) -> str:
+    teacher = recipe.teacher
+    if isinstance(teacher, LocalTeacher):
+        return _local_teacher(teacher, recipe, student)
+    answers = []
+    for url in teacher.urls:
+        client = connect_one(teacher, url)
+        try:
+            answers.append((url, await client.info()))
+        except TeacherUnavailable as error:
+            raise TeacherUnavailable(
+                f"no teacher at {url}: {error}; start one with: python -m teacher --model DIR --port "
+                f"{url.rpartition(':')[2].strip('/')}"
+            ) from error
+        finally:
+            await client.close()
+    for url, info in answers:
+        _compare(url, info, recipe, student)
+    url, info = answers[0]
+    return f"{url}: {info.model}, vocabulary {info.vocab_size:,}" + (
+        f", and {len(answers) - 1} more replicas" if len(answers) > 1 else ""
+    )
+
+
+def connect_one(teacher: HttpTeacher, url: str) -> Any:
+    from teacher.client import TeacherClient
+
+    token = None if teacher.token_file is None else read_token(teacher.token_file)
+    return TeacherClient(url, token=token, timeout_s=10.0)
+
+
+def _local_teacher(teacher: LocalTeacher, recipe: Recipe, student: Student) -> str:
+    config = look_at_model(teacher.model, trust_remote_code=teacher.trust_remote_code, role="teacher.model")
+    tokenizer = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+    info = TeacherInfo(
+        model=teacher.model,
+        vocab_size=config.vocab_size,
+        tokenizer_size=len(tokenizer.get_vocab()),
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
+        max_top_k=config.vocab_size,
+        protocol=PROTOCOL,
+    )
+    _compare(teacher.model, info, recipe, student)
+    return f"{teacher.model}: in this process, vocabulary {info.vocab_size:,}"
+
+
+def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> None:
+    ours = fingerprint(student.tokenizer)
+    if info.tokenizer_fingerprint != ours:
+        raise TeacherMismatch(
+            f"teacher {name} ({info.model}) has tokenizer {info.tokenizer_fingerprint[:12]} with {info.tokenizer_size:,} "
+            f"tokens, the student {recipe.student.path} has {ours[:12]} with {len(student.tokenizer.get_vocab()):,}: their "
+            "token ids mean different things; use a teacher and a student of one family"
+        )
+    top_k = max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
+    if top_k > info.max_top_k:
+        raise TeacherMismatch(
+            f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k or "
+            "evaluation.top_k, or start the teacher with a larger --max-top-k"
+        )
+    longest = _longest(recipe)
+    if longest > info.max_length:
+        raise TeacherMismatch(
+            f"teacher {name} takes at most {info.max_length} tokens, prompts and answers may be {longest} long; lower "
+            "data.max_prompt_tokens or sampler.max_new_tokens"
+        )
+
+
+def _devices(recipe: Recipe) -> tuple[str, None]:
+    import torch
+
+    named = {"sampler.device": recipe.sampler.device, "learner.device": recipe.learner.device}
+    if isinstance(recipe.teacher, LocalTeacher):
+        named["teacher.device"] = recipe.teacher.device
+    for field, name in named.items():
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise RecipeError(f"{field}={name!r} is not a device: {error}") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RecipeError(f"{field}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+    return ", ".join(f"{field}={name}" for field, name in named.items()), None
+
+
+def _disk(recipe: Recipe, student: Student, out: Path | None) -> tuple[str, None]:
+    # Weights and two moments in float32, for the checkpoints that are kept and the one that is being written.
+    config_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}
+    per_weight = config_bytes.get(str(getattr(student.config, "dtype", "float32")).replace("torch.", ""), 4)
+    needed = student.weight_bytes * 4 // per_weight * 3 * (recipe.checkpoint.keep + 1)
+    folder = (out if out is not None else Path("runs")).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    check_disk(folder, needed)
+    return f"checkpoints need up to {needed / 2**30:,.1f} GiB in {folder}", None
+
+
+def _port(recipe: Recipe) -> tuple[str, None]:
+    host, port = recipe.node.host, recipe.node.port
+    if recipe.node.token_file is not None:
+        read_token(recipe.node.token_file)
+    if port == 0:
+        return f"{host}, any free port", None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise RecipeError(
+            f"node.host={host!r} node.port={port} cannot be listened on: {error.strerror or error}; "
+            "choose another port, or 0 for any"
+        ) from error
+    return f"{host}:{port} is free", None
+
+
+def _folder(out: Path, *, resume: bool) -> tuple[str, None]:
+    run = RunDir(out)
+    if run.recipe.exists() and not resume:
+        raise RunDirError(
+            f"{out} holds a run already; continue it with --resume --out {out}, or name another folder with --out"
+        )
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise RunDirError(f"{existing} is a file, expected a folder for the run; name another one with --out")
+    probe = existing / ".write-probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunDirError(f"cannot write in {existing}: {error.strerror}; name a writable folder with --out") from error
+    return f"{out} can be written", None

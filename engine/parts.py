@@ -1,0 +1,45 @@
+"""The collaborators of a run that more than one actor works with. Made by ``engine.build``, handed to makers of actors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from engine.actor import Worker
+from engine.checkpoint import Checkpoint, CheckpointStore
+from engine.clock import Clock
+from engine.generation.protocol import Generator
+from engine.ledger import Ledger
+from engine.prompts import PromptSet, Tokenizer
+from engine.recipe import Recipe
+from engine.run_dir import RunDir
+from engine.schedule import Schedule
+from engine.training.protocol import Trainer
+from engine.types import SamplingParams
+from teacher.protocol import Teacher
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    recipe: Recipe
+    run_dir: RunDir
+    clock: Clock
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    held_out: PromptSet | None
+    ledger: Ledger
+    schedule: Schedule
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    """Where the run continues from."""
+    generator: Generator
+    trainer: Trainer
+    teacher: Teacher
+    params: SamplingParams
+    learner_worker: Worker
+    """The one thread in which the trainer is called."""
+    weights_lock: asyncio.Lock
+    """Held while weights are read to travel, and while the optimizer changes them."""
+    push_weights: Callable[[], Awaitable[None]]
+    """Give the generator the learner's present weights."""

@@ -1,0 +1,104 @@
+"""The folder of a run: what lies where in it, and whether this recipe may use it.
+
+    recipe.json         the resolved recipe
+    events.jsonl        one line per fact (docs/events.md)
+    ledger.sqlite       every prompt occurrence and what became of it (engine/ledger.py)
+    evaluations.jsonl   held-out measurements
+    node.json           process id, host and port of the running node
+    summary.json        what the end of the run said
+    checkpoints/step_NNNNNN/{student,trainer,state.json,manifest.json}
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import RecipeError, RunDirError
+from engine.recipe import Recipe, describe, from_json
+
+IDENTITY = ("name", "seed", "rollouts_per_step", "samples_per_prompt", "deterministic", "student", "data")
+"""Parts of a recipe that a resumed run must not change: tickets, or the weights they were trained into, would mean
+something else."""
+
+
+class RunDir:
+    """Paths of one run. Made by ``create`` or ``resume``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.json"
+        self.events = path / "events.jsonl"
+        self.ledger = path / "ledger.sqlite"
+        self.evaluations = path / "evaluations.jsonl"
+        self.node = path / "node.json"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+        """A new run's folder.
+
+        Raises:
+            RunDirError: it holds a run already, or cannot be written.
+        """
+        run = cls(path)
+        if run.recipe.exists():
+            raise RunDirError(
+                f"{path} holds a run already; continue it with --resume --out {path}, or name another folder with --out"
+            )
+        run._write_recipe(recipe)
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, recipe: Recipe) -> RunDir:
+        """The folder of an earlier run, or a new one when there is none: a scheduler that restarts what it killed need
+        not know how far it came.
+
+        Raises:
+            RecipeError: the recipe differs from the earlier one where it must not.
+            RunDirError: it cannot be written.
+        """
+        run = cls(path)
+        if not run.recipe.exists():
+            return cls.create(path, recipe)
+        before = from_json(run.recipe.read_bytes())
+        for field in IDENTITY:
+            old, new = getattr(before, field), getattr(recipe, field)
+            if old != new:
+                raise RecipeError(
+                    f"{path} was started with {field}={_text(old)}, this recipe says {_text(new)}; a resumed run must "
+                    f"not change {', '.join(IDENTITY)}: start a new run, or take the change back"
+                )
+        run._write_recipe(recipe)
+        return run
+
+    def _write_recipe(self, recipe: Recipe) -> None:
+        # Aside and renamed: a run killed here must find either no recipe or a whole one.
+        aside = self.path / f".recipe.json.{os.getpid()}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            aside.write_text(describe(recipe) + "\n")
+            aside.replace(self.recipe)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot write the run's folder {self.path}: {error.strerror}; name a writable folder with --out"
+            ) from error
+
+
+def default_out(name: str, now: datetime, root: Path = Path("runs")) -> Path:
+    """Where a new run goes when nobody says: ``runs/NAME-YYYYmmdd-HHMMSS``."""
+    return root / f"{name}-{now:%Y%m%d-%H%M%S}"
+
+
+def newest_run(name: str, root: Path = Path("runs")) -> Path | None:
+    """The folder of the last run of this name that was started without ``--out``; None when there is none."""
+    runs = sorted(path for path in root.glob(f"{name}-????????-??????") if (path / "recipe.json").exists())
+    return runs[-1] if runs else None
+
+
+def _text(value: object) -> str:
+    return msgspec.json.encode(value).decode()
