@@ -320,9 +320,7 @@ def _learner(ports: Ports) -> Actor:
 
 
 def _weight_syncer(ports: Ports) -> Actor:
-    return WeightSyncer(
-        ports.name, versions=ports.input, schedule=ports.parts.schedule, push=ports.parts.push_weights
-    )
+    return WeightSyncer(ports.name, versions=ports.input, schedule=ports.parts.schedule, push=ports.parts.push_weights)
 
 
 def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
@@ -390,7 +388,9 @@ def _state_maker(parts: Parts) -> Callable[[int, str], CheckpointState]:
 
 def _about_teacher(recipe: Recipe) -> str:
     teacher = recipe.teacher
-    where = ", ".join(teacher.urls) if isinstance(teacher, HttpTeacher) else f"{Path(teacher.model).name} in this process"
+    where = (
+        ", ".join(teacher.urls) if isinstance(teacher, HttpTeacher) else f"{Path(teacher.model).name} in this process"
+    )
     return f"{where}, top {teacher.top_k}"
 
 

@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong before anything starts. ``--check`` prints it; every run begins with it.
 
-Each check is a function that returns one line of what it found or raises a ``UserError`` that says what to mend. All are
-tried, so that one look shows all mistakes.
+Each check is a function that returns one line of what it found or raises a ``UserError`` that says what to mend. All
+are tried, so that one look shows all mistakes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from engine.recipe import EvalConfig, HttpTeacher, LocalTeacher, Recipe
 from engine.run_dir import RunDir
 from engine.types import SamplingParams
 from teacher.fingerprint import fingerprint
-from teacher.pool import connect
 from teacher.protocol import PROTOCOL, TeacherInfo
 from teacher.token import read_token
 
@@ -127,7 +126,7 @@ def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
 
 
 def load_scorer(name: str) -> Callable[[str, str], float]:
-    """"module:function" → the function.
+    """ "module:function" → the function.
 
     Raises:
         RecipeError: there is no such thing, or it cannot be called.
@@ -136,7 +135,9 @@ def load_scorer(name: str) -> Callable[[str, str], float]:
     try:
         scorer = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"evaluation.scorer={name!r} cannot be loaded: {error}; expected 'module:function'") from error
+        raise RecipeError(
+            f"evaluation.scorer={name!r} cannot be loaded: {error}; expected 'module:function'"
+        ) from error
     if not callable(scorer):
         raise RecipeError(f"evaluation.scorer={name!r} is {type(scorer).__name__}, expected a function")
     return scorer  # type: ignore[no-any-return]
@@ -279,15 +280,15 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
     ours = fingerprint(student.tokenizer)
     if info.tokenizer_fingerprint != ours:
         raise TeacherMismatch(
-            f"teacher {name} ({info.model}) has tokenizer {info.tokenizer_fingerprint[:12]} with {info.tokenizer_size:,} "
-            f"tokens, the student {recipe.student.path} has {ours[:12]} with {len(student.tokenizer.get_vocab()):,}: their "
-            "token ids mean different things; use a teacher and a student of one family"
+            f"teacher {name} ({info.model}) has tokenizer {info.tokenizer_fingerprint[:12]} with "
+            f"{info.tokenizer_size:,} tokens, the student {recipe.student.path} has {ours[:12]} with "
+            f"{len(student.tokenizer.get_vocab()):,}: their token ids mean different things; use a teacher and a student of one family"
         )
     top_k = max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
     if top_k > info.max_top_k:
         raise TeacherMismatch(
-            f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k or "
-            "evaluation.top_k, or start the teacher with a larger --max-top-k"
+            f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k "
+            "or evaluation.top_k, or start the teacher with a larger --max-top-k"
         )
     longest = _longest(recipe)
     if longest > info.max_length:

@@ -1,4 +1,5 @@
-"""Which rollout may begin, and which enters the optimizer step being built. Events in, instructions out: no await, no clock.
+"""Which rollout may begin, and which enters the optimizer step being built. Events in, instructions out: no await, no
+clock.
 
     P = rollouts per step      S = max_staleness, in policy versions      N = steps of the run
     c = versions trained so far: the step being built starts at version c and makes version c + 1
@@ -6,20 +7,20 @@
 
 **Slots.** There are (S + 1)·P. One is taken at admission; P come back when a version is live, one when a rollout fails.
 
-**Deadlines.** A rollout begun under version v must be in the step that starts at v + S or earlier. One that is admitted but
-not begun can only begin under l or later, so it counts as due at l + S.
+**Deadlines.** A rollout begun under version v must be in the step that starts at v + S or earlier. One that is admitted
+but not begun can only begin under l or later, so it counts as due at l + S.
 
-**Acceptance.** The step takes scored rollouts, earliest deadline first. It takes one with deadline D only if everything due
-before D still fits: for every d in [c, D), the unfinished rollouts due at d or earlier are at most
+**Acceptance.** The step takes scored rollouts, earliest deadline first. It takes one with deadline D only if everything
+due before D still fits: for every d in [c, D), the unfinished rollouts due at d or earlier are at most
 (P − accepted − 1) + (d − c)·P. Reserving room in the step being built alone would not do: with S = 2 and P = 2, six
 rollouts begun under version 0 and four quick ones begun later, steps 0 and 1 could both fill up with others and leave
 step 2 with more than P rollouts that are due in it.
 
-**Why it always works.** The condition "what is due at d or earlier fits into the steps up to d" holds at the start. Admission
-keeps it, because of the slots: the rollouts in flight are at most (S + 1)·P minus those already accepted or trained and not
-yet live, which is the room in the steps c … l + S. Beginning, failing and going live only move deadlines out or remove
-rollouts. Acceptance keeps it by the rule above. So a rollout that is due is always acceptable, the bound is hard and
-nothing is thrown away to keep it.
+**Why it always works.** The condition "what is due at d or earlier fits into the steps up to d" holds at the start.
+Admission keeps it, because of the slots: the rollouts in flight are at most (S + 1)·P minus those already accepted or
+trained and not yet live, which is the room in the steps c … l + S. Beginning, failing and going live only move
+deadlines out or remove rollouts. Acceptance keeps it by the rule above. So a rollout that is due is always acceptable,
+the bound is hard and nothing is thrown away to keep it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class Flow:
         micro_batch_rollouts: … or are this many …
             … or complete the step.
         version: where the run starts (a checkpoint's step).
-        by_ticket: compose micro-batches in ticket order instead of arrival, and admit in whole waves: what happens is then
+        by_ticket: compose micro-batches in ticket order instead of arrival, and admit in whole waves: what happens is
+        then
             a function of the rollouts alone. Needs S = 0.
 
     Example, with S=1 and P=2::

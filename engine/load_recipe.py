@@ -38,7 +38,9 @@ def load_recipe(path: Path, assignments: list[str]) -> tuple[Recipe, Graph]:
     if edit is not None:
         graph = edit(graph)
         if not isinstance(graph, Graph):
-            raise RecipeError(f"{path}: the function beside the recipe returned {type(graph).__name__}, expected a Graph")
+            raise RecipeError(
+                f"{path}: the function beside the recipe returned {type(graph).__name__}, expected a Graph"
+            )
     graph.check()
     return recipe, graph
 
@@ -65,7 +67,7 @@ def _call(path: Path) -> object:
 
 
 def _line_of(error: Exception, path: Path) -> str:
-    """":LINE" of the recipe file where the error came from."""
+    """ ":LINE" of the recipe file where the error came from."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f":{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

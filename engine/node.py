@@ -35,8 +35,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class Node:
     """Runs one built graph to its end.
 
-    SIGINT and SIGTERM admit nothing more, let the step under way finish within ``node.grace_s`` and write a checkpoint; a
-    second one ends the process at once.
+    SIGINT and SIGTERM admit nothing more, let the step under way finish within ``node.grace_s`` and write a checkpoint;
+    a second one ends the process at once.
     """
 
     def __init__(self, parts: Parts, built: Built, *, metrics: NodeMetrics) -> None:
@@ -46,9 +46,7 @@ class Node:
         self._supervisor = Supervisor(clock=parts.clock)
         for actor in built.actors:
             self._supervisor.add(actor, restart=built.restarts[actor.name])
-        self._port = HttpPort(
-            parts.recipe.node, is_ready=self._is_ready, status=self._status, metrics=metrics.render
-        )
+        self._port = HttpPort(parts.recipe.node, is_ready=self._is_ready, status=self._status, metrics=metrics.render)
         self._stopped_by: str | None = None
         self._grace: asyncio.Task[None] | None = None
 
@@ -126,9 +124,7 @@ class Node:
     def _write_node_file(self, port: int) -> None:
         path = self._parts.run_dir.node
         aside = path.with_suffix(".tmp")
-        aside.write_bytes(
-            msgspec.json.encode({"pid": os.getpid(), "host": self._parts.recipe.node.host, "port": port})
-        )
+        aside.write_bytes(msgspec.json.encode({"pid": os.getpid(), "host": self._parts.recipe.node.host, "port": port}))
         aside.replace(path)
 
     async def _tick(self) -> None:
@@ -187,4 +183,3 @@ class Node:
         await self._parts.clock.sleep(self._parts.recipe.node.grace_s)
         log.warning("run.grace_ended", step=self._parts.schedule.version + 1)
         self._parts.schedule.finish()
-

@@ -1,4 +1,5 @@
-"""The collaborators of a run that more than one actor works with. Made by ``engine.build``, handed to makers of actors."""
+"""The collaborators of a run that more than one actor works with. Made by ``engine.build``, handed to makers of
+actors."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """Share of prompt occurrences trained on the reference instead of a sample (λ of GKD is 1 − this)."""
     max_prompt_tokens: Positive = 1024
     too_long: Literal["refuse", "filter"] = "refuse"
-    """A row whose prompt, or reference completion, does not fit: stop before the run, or leave it out and say how many."""
+    """A row whose prompt, or reference completion, does not fit: stop before the run, or leave it out and say how
+    many."""
     shuffle: bool = True
     """A new order each epoch, from the seed; False keeps the order of the file."""
     first_row: NonNegative = 0
@@ -152,7 +153,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     block_rows: Positive = 256
     """Full-vocabulary rows held at a time by the loss."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go on."""
+    """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
+    on."""
     device: str = "cpu"
     num_threads: Positive = 1
 
@@ -230,8 +232,8 @@ class Recipe(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.deterministic and self.max_staleness > 0:
             raise RecipeError(
-                f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way while the "
-                "weights change, what is sampled depends on timing; set max_staleness=0 or deterministic=false"
+                f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way "
+                "while the weights change, what is sampled depends on timing; set max_staleness=0 or deterministic=false"
             )
         longest = self.data.max_prompt_tokens + self.sampler.max_new_tokens
         if longest > self.learner.micro_batch_tokens:
@@ -264,7 +266,8 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
     with no assignments. A value is read as JSON when it is JSON (numbers, true, null, lists) and as a string otherwise.
 
     Raises:
-        RecipeError: no such field, a value of the wrong type or out of its bounds, or fields that contradict each other.
+        RecipeError: no such field, a value of the wrong type or out of its bounds, or fields that contradict each
+        other.
     """
     tree: dict[str, Any] = msgspec.to_builtins(recipe)
     for assignment in assignments:

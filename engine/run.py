@@ -1,4 +1,5 @@
-"""The command: ``python -m engine.run RECIPE.py [--set a.b=value]… [--resume] [--out DIR] [--check] [--show] [--json]``.
+"""The command: ``python -m engine.run RECIPE.py [--set a.b=value]… [--resume] [--out DIR] [--check] [--show]
+[--json]``.
 
 Exit codes:
     0    the run is complete (or the check found nothing wrong)
@@ -124,7 +125,9 @@ def _out(recipe: Recipe, options: argparse.Namespace) -> Path:
 
 def _show(recipe: Recipe, graph: Graph, *, as_json: bool) -> int:
     if as_json:
-        actors = [{"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors]
+        actors = [
+            {"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors
+        ]
         channels = [{"name": c.name, "carries": c.carries, "max_items": c.max_items} for c in graph.channels]
         shown: dict[str, Any] = {"actors": actors, "channels": channels, "recipe": msgspec.to_builtins(recipe)}
         _write(msgspec.json.encode(shown).decode())

@@ -1,12 +1,12 @@
 """The folder of a run: what lies where in it, and whether this recipe may use it.
 
-    recipe.json         the resolved recipe
-    events.jsonl        one line per fact (docs/events.md)
-    ledger.sqlite       every prompt occurrence and what became of it (engine/ledger.py)
-    evaluations.jsonl   held-out measurements
-    node.json           process id, host and port of the running node
-    summary.json        what the end of the run said
-    checkpoints/step_NNNNNN/{student,trainer,state.json,manifest.json}
+recipe.json         the resolved recipe
+events.jsonl        one line per fact (docs/events.md)
+ledger.sqlite       every prompt occurrence and what became of it (engine/ledger.py)
+evaluations.jsonl   held-out measurements
+node.json           process id, host and port of the running node
+summary.json        what the end of the run said
+checkpoints/step_NNNNNN/{student,trainer,state.json,manifest.json}
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The run's one Flow and one Ledger behind the calls that actors make.
 
-Every fact about a rollout enters here, once: it moves the flow, it is written to the ledger, and whoever waits for it is
-woken. This module decides nothing (``engine.flow`` does) and moves no data (channels do). One event loop only.
+Every fact about a rollout enters here, once: it moves the flow, it is written to the ledger, and whoever waits for it
+is woken. This module decides nothing (``engine.flow`` does) and moves no data (channels do). One event loop only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Schedule:
         ledger: the record.
         make_prompt: ticket → prompt occurrence, for tickets that were never admitted.
         next_ticket: the first of them.
-        again: occurrences that an earlier process of this run admitted and did not train, in ticket order; they go first.
+        again: occurrences that an earlier process of this run admitted and did not train, in ticket order; they go
+        first.
     """
 
     def __init__(

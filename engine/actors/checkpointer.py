@@ -43,7 +43,5 @@ class Checkpointer:
             # The ledger first: one that is ahead of the checkpoint is rewound, one that is behind would train twice.
             self._ledger.commit(durable=True)
             digest = await self._worker.call(self._trainer.digest)
-            path = await self._worker.call(
-                self._store.save, step, self._trainer.save, self._make_state(step, digest)
-            )
+            path = await self._worker.call(self._store.save, step, self._trainer.save, self._make_state(step, digest))
             facts.add(path=str(path), digest=digest)

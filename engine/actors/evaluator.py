@@ -1,5 +1,5 @@
-"""Measures one policy version on held-out prompts: how far the student is from the teacher on its own answers, and on the
-teacher's. Called by the learner between two steps; the same prompts and random streams every time."""
+"""Measures one policy version on held-out prompts: how far the student is from the teacher on its own answers, and on
+the teacher's. Called by the learner between two steps; the same prompts and random streams every time."""
 
 from __future__ import annotations
 
@@ -192,9 +192,7 @@ class Evaluator:
             reference_nll=_mean(sum(r.nll_sum for r in reference_results), num_reference_tokens),
             score=score,
             answers=tuple(
-                Answer(
-                    prompt=self._held_out[i].text, answer=texts[i], kl=results[i].kl_sum / results[i].num_tokens
-                )
+                Answer(prompt=self._held_out[i].text, answer=texts[i], kl=results[i].kl_sum / results[i].num_tokens)
                 for i in shown
             ),
             references=tuple(self._held_out[i].reference_text or "" for i in shown),

@@ -1,4 +1,5 @@
-"""Keeps a bounded number of coroutines going and lets no failure among them pass unnoticed. Knows nothing of what they do."""
+"""Keeps a bounded number of coroutines going and lets no failure among them pass unnoticed. Knows nothing of what they
+do."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from typing import Any
 class InFlight:
     """A bounded crew of tasks::
 
-        tasks = InFlight(limit=8)
-        try:
-            await tasks.start(work())  # waits while 8 are going; raises what an earlier one raised
-            await tasks.join()
-        finally:
-            await tasks.cancel()
+    tasks = InFlight(limit=8)
+    try:
+        await tasks.start(work())  # waits while 8 are going; raises what an earlier one raised
+        await tasks.join()
+    finally:
+        await tasks.cancel()
     """
 
     def __init__(self, *, limit: int) -> None:
@@ -56,7 +57,8 @@ class InFlight:
         self._raise()
 
     async def cancel(self) -> None:
-        """Cancel what is left and wait for it. What a task raises on its way out is raised by ``join`` or not at all."""
+        """Cancel what is left and wait for it. What a task raises on its way out is raised by ``join`` or not at
+        all."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+
 from engine.actor import Actor, Worker
 from engine.errors import NonFiniteError
 from engine.flow import FinishStep, Stop, Train
@@ -37,8 +38,8 @@ class Learner(Actor):
         trainer: used from this actor's one thread (``worker``), except for reads under ``weights_lock``.
         evaluate: measure version v on held-out prompts; called before the first step, after the last, and when
             ``evaluate_every`` divides v (0: never in between).
-        checkpoint: write version v to disk; called when ``checkpoint_every`` divides v (0: never in between) and at the end.
-        hold_for_evaluation: admit nothing while measuring (deterministic runs).
+        checkpoint: write version v to disk; called when ``checkpoint_every`` divides v (0: never in between) and at the
+        end. hold_for_evaluation: admit nothing while measuring (deterministic runs).
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Learner(Actor):
         await self._worker.close()
 
     async def _take_in(self) -> None:
-        # Taken in at once and chosen from as late as possible: an early answer must not keep a due one waiting behind it.
-        # The pool is bounded by the slots of the schedule.
+        # Taken in at once and chosen from as late as possible: an early answer must not keep a due one waiting behind
+        # it. The pool is bounded by the slots of the schedule.
         async for scored in self._scored:
             self._pool[scored.rollout.rollout_id] = scored
             self._schedule.scored(scored.rollout)
@@ -195,8 +196,8 @@ class Learner(Actor):
     def _saved(self, error: NonFiniteError, step: int) -> NonFiniteError:
         path = self._save_rollouts(step)
         return NonFiniteError(
-            f"step {step}: {error}; the step's rollouts are in {path}; the last checkpoint is untouched. Lower learner.lr, "
-            "or set learner.on_nonfinite=skip to leave such steps out"
+            f"step {step}: {error}; the step's rollouts are in {path}; the last checkpoint is untouched. "
+            "Lower learner.lr, or set learner.on_nonfinite=skip to leave such steps out"
         )
 
     def _save_rollouts(self, step: int) -> Path:

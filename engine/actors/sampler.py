@@ -85,7 +85,8 @@ class Sampler(Actor):
                 except EndOfChannel:
                     break
                 tasks.start(self._answer(self._hold(prompt)))
-            # The input ends when the run drains or is complete: the step under way may still need what is being sampled.
+            # The input ends when the run drains or is complete: the step under way may still need what is being
+            # sampled.
             await first_of(tasks.join(), self._schedule.wait_finished())
         finally:
             await tasks.cancel()

@@ -6,11 +6,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+
 from engine.actor import Actor
 from engine.actors.in_flight import InFlight, first_of
 from engine.errors import EndOfChannel, TeacherRefused
 from engine.schedule import Schedule
-from engine.tracing import log, span
+from engine.tracing import span
 from engine.transport.channel import Receiver, Sender
 from engine.types import Rollout, ScoredRollout
 from teacher.protocol import Scores, Teacher

@@ -15,7 +15,8 @@ from engine.transport.channel import Receiver
 
 
 class WeightPush:
-    """Gives the generator the learner's present weights; called by the syncer, and by a sampler that had to start again.
+    """Gives the generator the learner's present weights; called by the syncer, and by a sampler that had to start
+    again.
 
     The learner goes on with the next step's forward and backward while a version travels: those only read the weights.
     ``weights_lock`` keeps its optimizer away until the last tensor is copied.
