@@ -1,6 +1,6 @@
 """The demo: a pruned SmolLM2-135M learns to answer like the whole one, on a CPU, in minutes.
 
-The student is the teacher without six of its thirty layers; cut like that it speaks haltingly, and on-policy distillation
+The student is the teacher without six of its thirty layers. Cut like that it speaks haltingly; on-policy distillation
 repairs it. The teacher runs as its own process:
 
     python -m recipes.smollm2_models --out models/smollm2
@@ -31,7 +31,7 @@ def recipe() -> Recipe:
         steps=30,
         student=StudentConfig(path="models/smollm2/student"),
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",)),
-        # The last 16 of the 128 rows are held out. The longest prompt is 51 tokens with its chat template.
+        # The last 16 of the 128 rows are held out. The longest prompt has 46 tokens with its chat template.
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
         max_staleness=1,
         rollouts_per_step=8,
