@@ -215,9 +215,9 @@ class Tracing:
 
     def close(self) -> None:
         """Give structlog, logging and warnings back as they were, and close the file. Idempotent."""
-        if self._libraries.is_released:
+        if self._libraries.is_given_back:
             return
-        self._libraries.release()
+        self._libraries.give_back()
         if self._before is None:
             structlog.reset_defaults()
         else:
@@ -234,7 +234,7 @@ class Tracing:
         self.close()
 
     def __repr__(self) -> str:
-        where = f"writing {self._file.path}" if self._file else "closed" if self._libraries.is_released else "holding"
+        where = f"writing {self._file.path}" if self._file else "closed" if self._libraries.is_given_back else "holding"
         return f"<Tracing {where}, {len(self._subscriptions)} listeners>"
 
     def _deliver(self, logger: object, method: str, fields: MutableMapping[str, Any]) -> str:
@@ -243,7 +243,7 @@ class Tracing:
         for key in _HEAD:
             if key in fields:
                 line[key] = fields.pop(key)
-        if fields.get("exc_info"):
+        if "exc_info" in fields:
             fields = structlog.processors.format_exc_info(logger, method, fields)  # adds "exception", drops exc_info
         line.update(fields)
         self._write(line)
@@ -407,7 +407,7 @@ class _Libraries(logging.Handler):
 
     def __init__(self, *, level: int) -> None:
         super().__init__(level)
-        self.is_released = False
+        self.is_given_back = False
         root = logging.getLogger()
         self._root_before = (list(root.handlers), root.level)
         self._adopted: list[tuple[logging.Logger, list[logging.Handler], bool]] = []
@@ -431,10 +431,11 @@ class _Libraries(logging.Handler):
             message = record.getMessage()
         except (TypeError, ValueError):
             message = f"{record.msg} {record.args!r}"
-        getattr(log, level)("log.message", logger=record.name, message=message.strip(), exc_info=record.exc_info)
+        trace = {"exc_info": record.exc_info} if record.exc_info else {}
+        getattr(log, level)("log.message", logger=record.name, message=message.strip(), **trace)
 
-    def release(self) -> None:
-        self.is_released = True
+    def give_back(self) -> None:
+        self.is_given_back = True
         logging.captureWarnings(False)
         warnings.showwarning = self._showwarning_before
         root = logging.getLogger()
