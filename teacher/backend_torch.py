@@ -1,0 +1,464 @@
+"""Scores with a transformers causal language model. Decides the layout of a forward pass and what of it is kept.
+
+All requests of a batch go through the model together, in the layout that the model was seen to compute rightly when it
+was loaded: packed (common prefixes once), padded, or one by one. Only the rows that a response needs go through the
+output layer, and never more than ``block_rows`` of them at a time. Knows nothing of queues or HTTP.
+
+    N token positions computed     R rows that are scored     D hidden size     V vocabulary     K top_k
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from engine.errors import ModelError, NonFiniteError
+from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
+from teacher.fingerprint import fingerprint
+from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
+
+Layout = Literal["packed", "padded", "single"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# How far the logits of a layout may lie from those of plain forward passes, as a share of their standard deviation.
+# A wrong mask or a forgotten scale is off by more than a tenth; summing in another order by 1e-6 and, in half
+# precision, by a few hundredths.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+_TIE_ROOM = 64
+"""Candidates beyond the k-th that are looked at, to see all that equal it."""
+
+
+class TorchStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    forward_passes_total: int
+    computed_tokens_total: int
+    """Token positions that went through the model: shared prefixes once, padding included."""
+    head_rows_total: int
+    """Rows that went through the output layer."""
+    peak_block_rows: int
+    """Most full-vocabulary rows that were held at a time."""
+
+
+class TorchBackend:
+    """One model on one device. ``load`` and ``score`` are called from one thread, the same one.
+
+    Args:
+        model: folder in Hugging Face format, with tokenizer.
+        device: as torch names it.
+        dtype: of weights and activations; log-probabilities are made in float32 from the model's own logits.
+        num_threads: CPU threads of ``load`` and ``score``; None leaves torch's choice.
+        block_rows: full-vocabulary rows held at a time.
+        max_top_k: largest top_k, and number of extra ids per token; None: the vocabulary.
+        max_length: prompt and response tokens together; None: the model's own limit.
+        padded_tokens: most token positions of one forward pass when the model cannot run packed.
+        trust_remote_code: run Python code that lies in the model's folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        device: str = "cpu",
+        dtype: str = "float32",
+        num_threads: int | None = None,
+        block_rows: int = 128,
+        max_top_k: int | None = None,
+        max_length: int | None = None,
+        padded_tokens: int = 2048,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._folder = Path(model)
+        self._device = torch.device(device)
+        self._dtype = _DTYPES[dtype]
+        self._num_threads = num_threads
+        self._block_rows = block_rows
+        self._max_top_k = max_top_k
+        self._max_length = max_length
+        self._padded_tokens = padded_tokens
+        self._trust_remote_code = trust_remote_code
+        self._forward_passes = self._computed_tokens = self._head_rows = self._peak_block_rows = 0
+        self._model: PreTrainedModel
+        self._head: Head
+        self._info: TeacherInfo
+        self.layout: Layout
+        """Chosen by ``load``."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Known after ``load``."""
+        return self._info
+
+    def statistics(self) -> TorchStatistics:
+        return TorchStatistics(
+            forward_passes_total=self._forward_passes,
+            computed_tokens_total=self._computed_tokens,
+            head_rows_total=self._head_rows,
+            peak_block_rows=self._peak_block_rows,
+        )
+
+    def load(self) -> None:
+        """Read model and tokenizer and find the layout.
+
+        Raises:
+            ModelError: folder, weights or tokenizer missing or broken, not a causal language model, device not there,
+                or a model whose output layer cannot be applied to chosen rows.
+        """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        config, tokenizer = self._read_config()
+        vocab = tokenizer.get_vocab()
+        self._model = self._read_model(config)
+        config = self._model.config
+        max_length = self._length_limit(config)
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None:
+            raise ModelError(f"model folder {str(self._folder)!r} has no output layer; is it a causal language model?")
+        vocab_size = int(head.weight.shape[0])
+        self._info = TeacherInfo(
+            model=self._folder.resolve().name,
+            vocab_size=vocab_size,
+            tokenizer_size=len(vocab),
+            tokenizer_fingerprint=fingerprint(tokenizer),
+            max_length=max_length,
+            max_top_k=vocab_size if self._max_top_k is None else min(self._max_top_k, vocab_size),
+            protocol=PROTOCOL,
+        )
+        with torch.inference_mode():
+            self._find_layout(config, max_length)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        """Answer requests that fit ``info`` (``check_fits``), in the order given.
+
+        Raises:
+            NonFiniteError: the model gave a NaN or +inf logit.
+        """
+        # The last response token is scored, never read.
+        sequences = [np.concatenate((r.prompt_ids, r.response_ids[:-1])).astype(np.int64) for r in requests]
+        scores: list[Scores | None] = [None] * len(requests)
+        for group in self._groups(sequences):
+            with torch.inference_mode():
+                hidden_ND, index = self._forward([sequences[i] for i in group])
+                answers = self._score_rows(hidden_ND, [requests[i] for i in group], index)
+            for i, answer in zip(group, answers, strict=True):
+                scores[i] = answer
+        return [answer for answer in scores if answer is not None]
+
+    def _groups(self, sequences: Sequence[npt.NDArray[np.int64]]) -> list[list[int]]:
+        if self.layout == "packed":
+            return [list(range(len(sequences)))]
+        if self.layout == "single":
+            return [[i] for i in range(len(sequences))]
+        lengths = [len(sequence) for sequence in sequences]
+        return split_padded(lengths, max(self._padded_tokens, *lengths))
+
+    def _forward(self, sequences: list[npt.NDArray[np.int64]]) -> tuple[Tensor, Sequence[npt.NDArray[np.int64]]]:
+        """[N, D] hidden states and, per sequence, the row of each token."""
+        batch: PackedBatch | PaddedBatch
+        if len(sequences) == 1:
+            # One branch needs no mask: the model's own causal path is faster and takes N, not N², memory.
+            batch = pad(sequences)
+            inputs: dict[str, Any] = {"input_ids": batch.token_ids}
+        elif self.layout == "packed":
+            batch = pack(sequences)
+            inputs = {
+                "input_ids": batch.token_ids[None],
+                "position_ids": batch.position_ids[None],
+                "attention_mask": batch.mask()[None, None],
+            }
+        else:
+            batch = pad(sequences)
+            inputs = {"input_ids": batch.token_ids, "attention_mask": batch.mask.astype(np.int64)}
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+        self._forward_passes += 1
+        self._computed_tokens += batch.num_tokens
+        output = self._model.base_model(**tensors, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1]), batch.index
+
+    def _score_rows(
+        self, hidden_ND: Tensor, requests: Sequence[ScoreRequest], index: Sequence[npt.NDArray[np.int64]]
+    ) -> list[Scores]:
+        rows = [rows[len(r.prompt_ids) - 1 :] for r, rows in zip(requests, index, strict=True)]
+        # n samples of a prompt all need its last row: it goes through the output layer once.
+        unique_R, places = np.unique(np.concatenate(rows), return_inverse=True)
+        bounds = np.cumsum([len(r) for r in rows])[:-1]
+        request_places = np.split(places, bounds)
+        lookup_rows, lookup_ids = _lookups(requests, request_places)
+        order = np.argsort(lookup_rows, kind="stable")
+        top_k = max(request.top_k for request in requests)
+        top_ids = np.empty((len(unique_R), top_k), np.int32)
+        top_logprobs = np.empty((len(unique_R), top_k), np.float32)
+        looked_up = np.empty(len(lookup_rows), np.float32)
+        for start in range(0, len(unique_R), self._block_rows):
+            stop = min(start + self._block_rows, len(unique_R))
+            first, last = np.searchsorted(lookup_rows[order], (start, stop))
+            chosen = order[first:last]
+            logits_RV = self._head.logits(hidden_ND[torch.from_numpy(unique_R[start:stop]).to(self._device)])
+            self._head_rows += stop - start
+            self._peak_block_rows = max(self._peak_block_rows, stop - start)
+            block = _score_block(
+                logits_RV,
+                top_k=top_k,
+                rows=torch.from_numpy(lookup_rows[chosen] - start).to(self._device),
+                ids=torch.from_numpy(lookup_ids[chosen]).to(self._device),
+            )
+            top_ids[start:stop], top_logprobs[start:stop], looked_up[chosen] = (part.cpu().numpy() for part in block)
+        if np.isnan(top_logprobs).any() or np.isnan(looked_up).any():
+            raise NonFiniteError(
+                f"model {self._info.model!r} gave logits that are NaN or infinite; "
+                "run it in a wider dtype (--dtype float32) or mend its weights"
+            )
+        answers = []
+        offset = 0
+        for request, place in zip(requests, request_places, strict=True):
+            num_response = len(request.response_ids)
+            width = 1 if request.extra_ids is None else 1 + request.extra_ids.shape[1]
+            values = looked_up[offset : offset + num_response * width].reshape(num_response, width)
+            offset += num_response * width
+            answers.append(
+                Scores(
+                    top_ids=top_ids[place, : request.top_k],
+                    top_logprobs=np.maximum(top_logprobs[place, : request.top_k], np.float32(LOWEST_LOGPROB)),
+                    sampled_logprobs=np.maximum(values[:, 0], np.float32(LOWEST_LOGPROB)),
+                    extra_logprobs=(
+                        None if request.extra_ids is None else np.maximum(values[:, 1:], np.float32(LOWEST_LOGPROB))
+                    ),
+                )
+            )
+        return answers
+
+    def _read_config(self) -> tuple[Any, Any]:
+        folder = str(self._folder)
+        if not (self._folder / "config.json").is_file():
+            raise ModelError(
+                f"model folder {folder!r} has no config.json; "
+                "expected a folder in Hugging Face format (config, weights, tokenizer)"
+            )
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": self._trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(folder, **options)
+            return config, AutoTokenizer.from_pretrained(folder, **options)
+        except Exception as error:
+            raise ModelError(f"config or tokenizer in {folder!r} cannot be read: {_one_line(error)}") from error
+
+    def _read_model(self, config: Any) -> PreTrainedModel:
+        folder = str(self._folder)
+        options: dict[str, Any] = {
+            "output_loading_info": True,
+            "config": config,
+            "dtype": self._dtype,
+            "local_files_only": True,
+            "trust_remote_code": self._trust_remote_code,
+        }
+        try:
+            # sdpa takes a boolean tree mask as it is; a model that has only eager attention is loaded as it wants.
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **options)
+            except (ValueError, ImportError):
+                loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model: PreTrainedModel = loaded[0].eval().requires_grad_(False).to(self._device)
+            missing = sorted(loaded[1]["missing_keys"])
+        # Broken weight files, unknown architectures and absent devices each have an exception type of their own.
+        except Exception as error:
+            raise ModelError(f"model in {folder!r} cannot be loaded: {_one_line(error)}") from error
+        if missing:
+            raise ModelError(
+                f"the weights in {folder!r} lack {len(missing)} tensors of the model, {missing[0]!r} among them; "
+                "is the checkpoint complete?"
+            )
+        return model
+
+    def _length_limit(self, config: Any) -> int:
+        text = config.get_text_config()
+        own = getattr(text, "max_position_embeddings", None)
+        if self._max_length is None:
+            if own is None:
+                raise ModelError(
+                    f"model in {str(self._folder)!r} does not say how long its inputs may be; set --max-length"
+                )
+            return int(own)
+        if own is not None and self._max_length > own:
+            raise ModelError(
+                f"max_length={self._max_length} is more than the {own} positions of the model in {str(self._folder)!r}"
+            )
+        return self._max_length
+
+    def _find_layout(self, config: Any, max_length: int) -> None:
+        """Settle head and layout by comparing with plain forward passes of the whole model on a few tokens."""
+        length = min(6, max_length)
+        stem, tail = np.split(np.arange(1, 2 * length + 1) % self._info.vocab_size, 2)
+        half = (length + 1) // 2
+        # Two that share a prefix, and a shorter one that shares nothing.
+        probes = [stem, np.concatenate((stem[:half], tail))[:length], tail[:half]]
+        expected = torch.cat([self._plain_logits(probe) for probe in probes])
+        scale = self._tolerance(expected)
+        self.layout = "single"
+        self._head = self._find_head(probes, expected, scale)
+        for layout in self._candidates(config, max_length):
+            self.layout = layout
+            if self._deviation(probes, expected) <= scale:
+                break
+        self._forward_passes = self._computed_tokens = 0
+
+    def _find_head(self, probes: list[npt.NDArray[np.int64]], expected: Tensor, scale: float) -> Head:
+        probe = torch.from_numpy(probes[0])[None].to(self._device)
+        output_type = type(self._model.base_model(input_ids=probe, use_cache=False))
+        heads: tuple[Head, ...] = (LinearHead(self._model), ForwardHead(self._model, output_type))
+        for self._head in heads:
+            if self._deviation(probes, expected) <= scale:
+                return self._head
+        raise ModelError(
+            f"model in {str(self._folder)!r}: its output layer, applied to single rows, does not give the model's own "
+            "logits; this architecture cannot be scored in blocks"
+        )
+
+    def _candidates(self, config: Any, max_length: int) -> list[Layout]:
+        text = config.get_text_config()
+        candidates: list[Layout] = []
+        if self._model.config._attn_implementation == "sdpa" and packing_obstacle(text, longest=max_length) is None:
+            candidates.append("packed")
+        if rope_obstacle(text) is None:
+            candidates.append("padded")
+        return [*candidates, "single"]
+
+    def _deviation(self, probes: list[npt.NDArray[np.int64]], expected: Tensor) -> float:
+        """Largest difference to the expected logits; infinite when the model refuses the layout."""
+        groups = [probes] if self.layout != "single" else [[probe] for probe in probes]
+        found = []
+        try:
+            for group in groups:
+                hidden_ND, index = self._forward(group)
+                rows = torch.from_numpy(np.concatenate(index)).to(self._device)
+                found.append(self._head.logits(hidden_ND[rows]).float().clone())
+            return float((torch.cat(found) - expected).abs().max())
+        # What a model says to an argument that it does not know differs from one to the next.
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return float("inf")
+
+    def _plain_logits(self, probe: npt.NDArray[np.int64]) -> Tensor:
+        logits: Tensor = self._model(input_ids=torch.from_numpy(probe)[None].to(self._device), use_cache=False).logits
+        return logits[0].float()
+
+    def _tolerance(self, expected: Tensor) -> float:
+        return _TOLERANCE[self._dtype] * float(expected.std()) + 1e-6
+
+
+class LinearHead:
+    """The output layer alone: right for models whose forward does nothing else to the hidden states."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._layer: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._block = torch.empty(0)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] in the model's dtype; valid until the next call."""
+        layer = self._layer
+        if type(layer) is not nn.Linear or layer.bias is not None:
+            logits: Tensor = layer(hidden_RD)
+            return logits
+        # The block is kept: on CPU, first touches of fresh memory cost as much as the product.
+        num_rows, vocab_size = len(hidden_RD), layer.out_features
+        if len(self._block) < num_rows:
+            self._block = torch.empty((num_rows, vocab_size), dtype=hidden_RD.dtype, device=hidden_RD.device)
+        return torch.mm(hidden_RD, layer.weight.t(), out=self._block[:num_rows])
+
+
+class ForwardHead:
+    """The model's own forward with its body replaced by given hidden states: keeps soft caps, scales and whatever else
+    stands between body and logits."""
+
+    def __init__(self, model: PreTrainedModel, output_type: type[ModelOutput]) -> None:
+        self._body = _Given(output_type)
+        # A copy that shares every module except the body; the model itself stays whole.
+        self._model = copy.copy(model)
+        self._model._modules = dict(model._modules)
+        self._model._modules[model.base_model_prefix] = self._body
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] in the model's dtype."""
+        self._body.hidden = hidden_RD[None]
+        token_ids = torch.zeros((1, len(hidden_RD)), dtype=torch.int64, device=hidden_RD.device)
+        logits: Tensor = self._model(input_ids=token_ids, use_cache=False).logits
+        return logits[0]
+
+
+Head = LinearHead | ForwardHead
+
+
+class _Given(nn.Module):
+    """Stands where a model's body is."""
+
+    hidden: Tensor
+
+    def __init__(self, output_type: type[ModelOutput]) -> None:
+        super().__init__()
+        self._output_type = output_type
+
+    def forward(self, *_: Any, **__: Any) -> ModelOutput:
+        return self._output_type(last_hidden_state=self.hidden)
+
+
+def _lookups(
+    requests: Sequence[ScoreRequest], places: Sequence[npt.NDArray[np.int64]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row and token id of each single value asked for: per response token the sampled one, then the extra ones."""
+    rows, ids = [], []
+    for request, place in zip(requests, places, strict=True):
+        wanted = request.response_ids[:, None]
+        if request.extra_ids is not None:
+            wanted = np.concatenate((wanted, request.extra_ids), axis=1)
+        rows.append(np.repeat(place, wanted.shape[1]))
+        ids.append(wanted.reshape(-1).astype(np.int64))
+    return np.concatenate(rows), np.concatenate(ids)
+
+
+def _score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k ids [R, K], their log-probabilities [R, K], and those of ``(rows, ids)`` pairs; float32.
+
+    A float32 ``logits_RV`` is overwritten.
+    """
+    logits_RV = logits_RV.float()
+    top_ids, top = top_k_by_id(logits_RV, top_k)
+    looked_up = logits_RV[rows, ids]
+    highest = top[:, :1].clone()
+    # In place: a second block of full-vocabulary rows would double what is held.
+    log_total = logits_RV.sub_(highest).exp_().sum(dim=-1, keepdim=True).log_().add_(highest)
+    return top_ids, top - log_total, looked_up - log_total[rows, 0]
+
+
+def top_k_by_id(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, descending, equal values by id ascending: also which of several equal ones are in.
+
+    ``torch.topk`` promises no order among equal values, and half-precision logits are full of them.
+
+    Returns:
+        ids [R, k] int32 and values [R, k].
+    """
+    num_candidates = min(values_RV.shape[-1], k + _TIE_ROOM)
+    values, ids = torch.topk(values_RV, num_candidates, dim=-1)
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    last = values[:, -1].clone()
+    values, ids = values[:, :k], ids[:, :k]
+    if num_candidates < values_RV.shape[-1]:
+        # More values equal to the k-th than there was room for: take these rows one by one.
+        for row in torch.nonzero(last == values[:, -1]).flatten().tolist():
+            tied = torch.nonzero(values_RV[row] >= last[row]).flatten()
+            values[row], order = (part[:k] for part in values_RV[row, tied].sort(descending=True, stable=True))
+            ids[row] = tied[order]
+    return ids.to(torch.int32), values
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
