@@ -69,7 +69,9 @@ class Generator(Protocol):
         """
         ...
 
-    async def generate(self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None) -> Generation:
+    async def generate(
+        self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None
+    ) -> Generation:
         """Answer one prompt. Requests with one prompt that are open together are prefilled once.
 
         ``on_begin(version)`` is called on the event loop when the request enters a decode slot, with the policy version that

@@ -1,0 +1,322 @@
+"""The generator on torch: any transformers causal language model, continuous batching, weights exchanged while it decodes.
+
+This file is the side that the event loop sees: requests and futures, cancellation, the end. ``decode_thread`` says what
+happens when, ``decoder`` what a step computes, ``sampling`` what is drawn, ``kv_cache`` where keys and values lie, and
+``staging`` how weights arrive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from engine.errors import GeneratorDied
+from engine.generation.decode_thread import Abort, DecodeThread, Loaded, Stop, Submission, Submit, Switch, Withdraw
+from engine.generation.decoder import Decoder
+from engine.generation.model import DTYPES, check_architecture, load_model, max_positions, probe
+from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
+from engine.generation.sampling import check_params
+from engine.generation.staging import Staged, StagingArea
+from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+
+
+class _Open(NamedTuple):
+    """A request as the event loop sees it."""
+
+    request_id: int
+    result: asyncio.Future[Generation]
+    on_begin: Callable[[int], None] | None
+
+
+class HFGenerator:
+    """Satisfies ``engine.generation.protocol.Generator``.
+
+    Requests wait first come, first served for one of ``config.num_slots`` slots; a slot that falls free is refilled before
+    the next decode step. Log-probabilities are summed in float64 from float32 logits.
+
+    Args:
+        config: slots, device, dtype and threads; how tokens are drawn comes with each request.
+        student: the folder that ``start`` loads.
+        version: the policy version that this folder holds.
+    """
+
+    def __init__(self, *, config: SamplerConfig, student: StudentConfig, version: int = 0) -> None:
+        self._config = config
+        self._student = student
+        self._first_version = version
+        self._version = version
+        self._thread: DecodeThread | None = None
+        self._copier: ThreadPoolExecutor | None = None
+        self._loaded: asyncio.Future[Loaded] | None = None
+        self._exited: asyncio.Future[None] | None = None
+        self._death: BaseException | None = None
+        self._open: dict[int, _Open] = {}
+        self._ticket_of: dict[int, int] = {}
+        self._next_ticket = 0
+        self._updating = asyncio.Lock()
+        self._switched: asyncio.Future[int | None] | None = None
+
+    def __repr__(self) -> str:
+        state = "died" if self._death is not None else "running" if self._is_ready() else "stopped"
+        return f"<HFGenerator {self._student.path!r} {state} version={self._version} open={len(self._open)}>"
+
+    async def start(self) -> None:
+        """As the protocol says. After ``stop`` it begins again, with the folder's weights and version."""
+        if self._thread is not None:
+            raise RuntimeError("the generator is started already; stop it first")
+        loop = asyncio.get_running_loop()
+        self._death = None
+        self._version = self._first_version
+        self._loaded, self._exited = loop.create_future(), loop.create_future()
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._thread = DecodeThread(
+            load=self._load, listener=self, post=loop.call_soon_threadsafe, num_threads=self._config.num_threads
+        )
+        self._thread.start()
+        try:
+            await asyncio.shield(self._loaded)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def generate(
+        self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None
+    ) -> Generation:
+        return (await self._answer([request], [on_begin]))[0]
+
+    async def generate_wave(
+        self, requests: Sequence[GenerationRequest], *, on_begin: Callable[[int, int], None] | None = None
+    ) -> list[Generation]:
+        return await self._answer(requests, [_for_request(on_begin, request.request_id) for request in requests])
+
+    def abort(self, request_id: int) -> None:
+        ticket = self._ticket_of.get(request_id)
+        if ticket is not None:
+            self._give_up(ticket, Aborted(f"request {request_id} was aborted"))
+
+    async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
+        """As the protocol says. One at a time, in order of calls; a cancelled one that has not happened yet does not happen.
+
+        Raises:
+            ValueError: a name or shape that the model does not have, parameters that are missing, or a version below the
+                present one. The present weights stay whole.
+            GeneratorDied: the engine is gone.
+        """
+        async with self._updating:
+            self._check_alive()
+            if version < self._version:
+                raise ValueError(f"weights: version {version} is older than version {self._version}, which is live")
+            staged = await self._stage(buckets)
+            thread = self._check_alive()
+            self._switched = asyncio.get_running_loop().create_future()
+            thread.inbox.put(Switch(version, staged, config))
+            await self._wait_switched(thread, self._switched)
+
+    def statistics(self) -> GeneratorStatistics:
+        """``waiting`` counts every open request that is not in a slot."""
+        counts = self._thread.counts if self._thread is not None else None
+        running = counts.running if counts else 0
+        return GeneratorStatistics(
+            version=self._version,
+            running=running,
+            waiting=max(0, len(self._open) - running),
+            num_slots=self._config.num_slots,
+            tokens_total=counts.tokens_total if counts else 0,
+            decode_steps_total=counts.decode_steps_total if counts else 0,
+            prefill_tokens_total=counts.prefill_tokens_total if counts else 0,
+            busy_s=counts.busy_s if counts else 0.0,
+        )
+
+    async def stop(self) -> None:
+        """As the protocol says. A weight update under way ends with GeneratorDied."""
+        thread, copier, exited = self._thread, self._copier, self._exited
+        if thread is None or copier is None or exited is None:
+            return
+        for ticket, entry in list(self._open.items()):
+            self._give_up(ticket, Aborted(f"request {entry.request_id} was given up: the generator stops"))
+        self._thread = self._copier = None
+        thread.inbox.put(Stop())
+        await asyncio.shield(exited)
+        thread.join()
+        # Idle, or about to see that its copy is no longer wanted.
+        copier.shutdown(wait=False)
+
+    # What the decode thread reports; on the event loop, in order.
+
+    def on_loaded(self, loaded: Loaded) -> None:
+        assert self._loaded is not None
+        self._loaded.set_result(loaded)
+
+    def on_begun(self, tickets: Sequence[int], version: int) -> None:
+        for ticket in tickets:
+            entry = self._open.get(ticket)
+            if entry is None or entry.on_begin is None or entry.result.done():
+                continue
+            try:
+                entry.on_begin(version)
+            except Exception as error:  # belongs to whoever waits for the answer
+                self._give_up(ticket, error)
+
+    def on_ended(self, ended: Sequence[tuple[int, Generation]]) -> None:
+        for ticket, generation in ended:
+            entry = self._open.get(ticket)
+            if entry is not None and not entry.result.done():
+                entry.result.set_result(generation)
+
+    def on_switched(self, version: int | None) -> None:
+        if version is not None:
+            self._version = version
+        assert self._switched is not None
+        self._switched.set_result(version)
+
+    def on_exit(self, error: BaseException | None) -> None:
+        assert self._exited is not None and self._loaded is not None
+        self._exited.set_result(None)
+        if error is not None and not self._loaded.done():
+            self._loaded.set_exception(error)
+            return
+        self._death = error
+        for entry in self._open.values():
+            if not entry.result.done():
+                entry.result.set_exception(self._died())
+        if self._switched is not None and not self._switched.done():
+            self._switched.set_exception(self._died())
+
+    # Requests.
+
+    async def _answer(
+        self, requests: Sequence[GenerationRequest], on_begins: Sequence[Callable[[int], None] | None]
+    ) -> list[Generation]:
+        thread = self._check_alive()
+        self._check(requests)
+        loop = asyncio.get_running_loop()
+        submissions = []
+        for request, on_begin in zip(requests, on_begins, strict=True):
+            ticket = self._next_ticket
+            self._next_ticket += 1
+            submissions.append(Submission(ticket, request))
+            self._open[ticket] = _Open(request.request_id, loop.create_future(), on_begin)
+            self._ticket_of[request.request_id] = ticket
+        if submissions:
+            thread.inbox.put(Submit(submissions))
+        try:
+            return list(await asyncio.gather(*(self._open[s.ticket].result for s in submissions)))
+        finally:
+            for submission in submissions:
+                entry = self._open.pop(submission.ticket)
+                del self._ticket_of[entry.request_id]
+                if entry.result.cancel() or entry.result.cancelled():
+                    thread.inbox.put(Abort(submission.ticket))
+
+    def _give_up(self, ticket: int, error: Exception) -> None:
+        entry = self._open[ticket]
+        if not entry.result.done() and self._thread is not None:
+            entry.result.set_exception(error)
+            self._thread.inbox.put(Abort(ticket))
+
+    def _check(self, requests: Sequence[GenerationRequest]) -> None:
+        assert self._loaded is not None
+        limit, vocab = self._loaded.result().max_positions, self._loaded.result().vocab_size
+        seen = set(self._ticket_of)
+        for request in requests:
+            name = f"request {request.request_id}"
+            if request.request_id in seen:
+                raise ValueError(f"{name} is open already; ids must be unique among the open ones")
+            seen.add(request.request_id)
+            check_params(request.params)
+            if not request.token_ids:
+                raise ValueError(f"{name} has an empty prompt; expected at least one token")
+            if not (0 <= min(request.token_ids) and max(request.token_ids) < vocab):
+                raise ValueError(
+                    f"{name} has token ids from {min(request.token_ids)} to {max(request.token_ids)}; the model knows "
+                    f"0 to {vocab - 1}"
+                )
+            total = len(request.token_ids) + request.params.max_new_tokens
+            if limit is not None and total > limit:
+                raise ValueError(
+                    f"{name}: {len(request.token_ids)} prompt tokens and max_new_tokens={request.params.max_new_tokens} "
+                    f"make {total}, the model has {limit} positions"
+                )
+            if not 0 <= request.stream_key < 1 << 64:
+                raise ValueError(f"{name}: stream_key must be an unsigned 64-bit number, got {request.stream_key}")
+
+    # Weights.
+
+    async def _stage(self, buckets: Iterable[Bucket]) -> Staged:
+        """Copy in the worker thread. Returns or raises only when that thread has let go of ``buckets``."""
+        thread, copier, loaded = self._thread, self._copier, self._loaded
+        assert copier is not None and loaded is not None
+        is_cancelled = False
+
+        def is_wanted() -> bool:
+            return not is_cancelled and self._thread is thread
+
+        copying = asyncio.get_running_loop().run_in_executor(
+            copier, lambda: loaded.result().staging.stage(buckets, is_wanted=is_wanted)
+        )
+        try:
+            return await asyncio.shield(copying)
+        except asyncio.CancelledError:
+            is_cancelled = True
+            await _settled(copying)
+            raise
+
+    async def _wait_switched(self, thread: DecodeThread, switched: asyncio.Future[int | None]) -> None:
+        try:
+            await asyncio.shield(switched)
+        except asyncio.CancelledError:
+            thread.inbox.put(Withdraw())
+            # Until the thread has answered, the next update must not touch the spare tensors.
+            await _settled(switched)
+            raise
+
+    # Life.
+
+    def _load(self) -> Loaded:
+        device = torch.device(self._config.device)
+        model = load_model(self._student, dtype=DTYPES[self._config.dtype], device=device)
+        check_architecture(model, path=self._student.path)
+        probe(model, path=self._student.path)
+        return Loaded(
+            decoder=Decoder(model, num_slots=self._config.num_slots, version=self._first_version),
+            staging=StagingArea(model),
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            max_positions=max_positions(model),
+        )
+
+    def _is_ready(self) -> bool:
+        return self._thread is not None and self._loaded is not None and self._loaded.done()
+
+    def _check_alive(self) -> DecodeThread:
+        if self._death is not None:
+            raise self._died()
+        if self._thread is None or not self._is_ready():
+            raise GeneratorDied("the generator is not running; call start() first")
+        return self._thread
+
+    def _died(self) -> GeneratorDied:
+        cause = self._death
+        if cause is None:
+            return GeneratorDied("the generator was stopped")
+        died = GeneratorDied(f"the decode loop ended with {type(cause).__name__}: {cause}")
+        died.__cause__ = cause
+        return died
+
+
+def _for_request(on_begin: Callable[[int, int], None] | None, request_id: int) -> Callable[[int], None] | None:
+    return None if on_begin is None else lambda version: on_begin(request_id, version)
+
+
+async def _settled(future: asyncio.Future[object]) -> None:
+    """Wait for ``future`` through any further cancellation; its outcome is of no interest any more."""
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            continue
+    if not future.cancelled():
+        future.exception()
