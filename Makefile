@@ -61,15 +61,15 @@ $(VENV)/.torch:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL_TORCH)
-	touch $@
+	@touch $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[demo]"
-	touch $@
+	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[demo,dev]"
-	touch $(VENV)/.demo $@
+	@touch $(VENV)/.demo $@
 
 clean:
 	rm -rf $(VENV) models build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -80,8 +81,8 @@ class Signals:
 class TeacherProcess:
     """The teacher service as a child in a session of its own, so that Ctrl-C in the terminal does not reach it."""
 
-    def __init__(self, *, port: int, model: Path = TEACHER_MODEL, log: Path = TEACHER_LOG) -> None:
-        self._command = [sys.executable, "-m", "teacher", "--model", str(model), "--port", str(port)]
+    def __init__(self, command: Sequence[str], *, port: int, log: Path) -> None:
+        self._command = command
         self._url = f"http://{HOST}:{port}/readyz"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -152,15 +153,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=int, default=DEFAULT_PORT, help=f"of the teacher, on {HOST} (default %(default)s)"
     )
     arguments, for_run = parser.parse_known_args(argv)
-    command = run_command(for_run, port=arguments.port)
-    signals = Signals()
-    teacher = TeacherProcess(port=arguments.port)
+    port: int = arguments.port
+    teacher = TeacherProcess(
+        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port)],
+        port=port,
+        log=TEACHER_LOG,
+    )
     try:
-        check(arguments.port)
-        say(f"demo: teacher starts on port {arguments.port}, its output goes to {TEACHER_LOG}")
+        check(port)
+    except DemoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return launch(run_command(for_run, port=port), teacher=teacher)
+
+
+def launch(command: Sequence[str], *, teacher: TeacherProcess) -> int:
+    """Teacher up, run beside it, teacher down; returns the exit code. Takes over the process's signal handlers."""
+    signals = Signals()
+    try:
+        say("demo: the teacher starts")
         teacher.start()
         teacher.wait_ready(signals)
-        say(f"demo: {' '.join(['python', *command[1:]])}")
+        say(f"demo: {shlex.join(['python', *command[1:]])}")
         return run(command, teacher=teacher, signals=signals)
     except DemoError as error:
         sys.stderr.write(f"error: {error}\n")
