@@ -282,7 +282,8 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
         raise TeacherMismatch(
             f"teacher {name} ({info.model}) has tokenizer {info.tokenizer_fingerprint[:12]} with "
             f"{info.tokenizer_size:,} tokens, the student {recipe.student.path} has {ours[:12]} with "
-            f"{len(student.tokenizer.get_vocab()):,}: their token ids mean different things; use a teacher and a student of one family"
+            f"{len(student.tokenizer.get_vocab()):,}: their token ids mean different "
+            "things; use a teacher and a student of one family"
         )
     top_k = max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
     if top_k > info.max_top_k:

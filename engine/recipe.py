@@ -233,7 +233,8 @@ class Recipe(Section, frozen=True, kw_only=True):
         if self.deterministic and self.max_staleness > 0:
             raise RecipeError(
                 f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way "
-                "while the weights change, what is sampled depends on timing; set max_staleness=0 or deterministic=false"
+                "while the weights change, what is sampled depends on timing; set max_staleness=0 or "
+                "deterministic=false"
             )
         longest = self.data.max_prompt_tokens + self.sampler.max_new_tokens
         if longest > self.learner.micro_batch_tokens:
