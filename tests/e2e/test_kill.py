@@ -1,4 +1,4 @@
-"""SIGKILL at moments that nobody chose: what is trained is trained once, and deterministic runs end in the same bits."""
+"""SIGKILL at moments that nobody chose: training happens once, and deterministic runs end in the same bits."""
 
 from __future__ import annotations
 

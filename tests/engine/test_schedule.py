@@ -112,11 +112,12 @@ async def test_admission_is_held_while_anybody_holds_it(ledger: Ledger, settle: 
 
 
 async def test_what_an_earlier_process_left_comes_first(ledger: Ledger) -> None:
-    schedule = make_schedule(ledger, next_ticket=7, again=[make_prompt(3), make_prompt(5)])
+    for ticket in range(3):
+        ledger.dispatched(make_prompt(ticket))
+    again = [make_prompt(occurrence.rollout_id) for occurrence in ledger.rewind(0)]
+    schedule = make_schedule(ledger, staleness=1, next_ticket=ledger.next_ticket(), again=again)
 
-    assert [(await admit(schedule)).rollout_id for _ in range(2)] == [3, 5]
-    schedule.failed(3, "x")
-    assert (await admit(schedule)).rollout_id == 7
+    assert [(await admit(schedule)).rollout_id for _ in range(4)] == [0, 1, 2, 3]
 
 
 async def test_a_requeued_prompt_is_sampled_again_and_trained_once(ledger: Ledger) -> None:
