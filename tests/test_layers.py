@@ -49,9 +49,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops.*",
         "teacher.client",
         "teacher.fingerprint",
+        "teacher.places",
         "teacher.pool",
         "teacher.protocol",
+        "teacher.replica",
         "teacher.token",
+        "teacher.waits",
         "teacher.wire",
     ),
     (
