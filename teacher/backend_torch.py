@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
@@ -313,9 +313,10 @@ class TorchBackend:
         probe = torch.from_numpy(probes[0])[None].to(self._device)
         output_type = type(self._model.base_model(input_ids=probe, use_cache=False))
         heads: tuple[Head, ...] = (LinearHead(self._model), ForwardHead(self._model, output_type))
-        for self._head in heads:
+        for head in heads:
+            self._head = head
             if self._deviation(probes, expected) <= scale:
-                return self._head
+                return head
         raise ModelError(
             f"model in {str(self._folder)!r}: its output layer, applied to single rows, does not give the model's own "
             "logits; this architecture cannot be scored in blocks"

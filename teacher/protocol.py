@@ -6,6 +6,7 @@ numpy and msgspec, no torch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -19,6 +20,8 @@ PROTOCOL = 1
 """Raised by one with every change of the wire format; client and service must agree."""
 
 Values = Literal["float16", "float32"]
+
+MAX_REQUEST_ID_CHARS = 128
 
 LOWEST_LOGPROB = -65504.0
 """Log-probabilities are finite: what is below this, −inf too, is given as this (float16's most negative number)."""
@@ -73,18 +76,20 @@ class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         """Prompt and response together: what ``TeacherInfo.max_length`` bounds."""
         return len(self.prompt_ids) + len(self.response_ids)
 
-    def asks_the_same_as(self, other: ScoreRequest) -> bool:
-        """Whether both have the same answer."""
-        if self.extra_ids is None or other.extra_ids is None:
-            same_extra = self.extra_ids is other.extra_ids
-        else:
-            same_extra = np.array_equal(self.extra_ids, other.extra_ids)
-        return (
-            same_extra
-            and self.top_k == other.top_k
-            and np.array_equal(self.prompt_ids, other.prompt_ids)
-            and np.array_equal(self.response_ids, other.response_ids)
-        )
+    def identity(self) -> str | None:
+        """Equal for requests that may be given one answer: same id *and* same content; None without an id.
+
+        The content belongs to it because two clients, or a run and its resumed self, may number their requests alike.
+        """
+        if self.request_id is None:
+            return None
+        extra = self.extra_ids
+        sizes = (len(self.prompt_ids), len(self.response_ids), -1 if extra is None else extra.shape[1], self.top_k)
+        digest = hashlib.blake2b(repr((sizes, self.alone)).encode(), digest_size=16)
+        for array in (self.prompt_ids, self.response_ids, extra):
+            if array is not None:
+                digest.update(array.tobytes())
+        return f"{digest.hexdigest()} {self.request_id}"
 
 
 class Teacher(Protocol):
@@ -110,7 +115,7 @@ class Teacher(Protocol):
             extra_ids: [T, E] int32, ids to look up per position.
             alone: computed in a forward pass of its own, so that the answer does not depend on what else the teacher
                 does.
-            request_id: equal ids mean the same request: an answer that is under way or just made is given again.
+            request_id: marks attempts at the same request: an answer that is under way or just made is given again.
 
         Raises:
             TeacherRefused: 4xx, never worth another attempt.
@@ -133,7 +138,8 @@ def score_request(
     """Arguments of ``Teacher.score`` as arrays, checked for what needs no model.
 
     Raises:
-        TeacherRefused: (422) no prompt, no response, an id outside [0, 2³¹), top_k < 1, or extra_ids of another shape.
+        TeacherRefused: (422) no prompt, no response, an id outside [0, 2³¹), top_k < 1, extra_ids of another shape, or
+            a request_id that is empty or longer than ``MAX_REQUEST_ID_CHARS``.
     """
     response = _ids("response_ids", response_ids)
     extra = None if extra_ids is None else _ids("extra_ids", extra_ids)
@@ -147,6 +153,10 @@ def score_request(
         )
     if top_k < 1:
         raise TeacherRefused(f"top_k={top_k}, expected at least 1", status=422)
+    if request_id is not None and not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+        raise TeacherRefused(
+            f"request_id has {len(request_id)} characters, expected 1 to {MAX_REQUEST_ID_CHARS}", status=422
+        )
     return ScoreRequest(
         prompt_ids=prompt,
         response_ids=response,

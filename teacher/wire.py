@@ -27,10 +27,9 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from engine.errors import MalformedFrame
-from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, Values
+from teacher.protocol import LOWEST_LOGPROB, MAX_REQUEST_ID_CHARS, PROTOCOL, ScoreRequest, Scores, Values
 
 MAX_HEADER_BYTES = 1024
-MAX_REQUEST_ID_CHARS = 128
 
 CONTENT_TYPE = "application/x-teacher-frame"
 
