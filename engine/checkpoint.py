@@ -57,7 +57,7 @@ _SPARE_BYTES: Final = 4 << 20
 
 # EFBIG is what a process under a file size limit (ulimit -f, some batch systems) gets instead of ENOSPC.
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG})
+_DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class CheckpointState(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,23 +148,26 @@ class CheckpointStore:
         name = f"step_{step:06d}"
         final = self._folder / name
         aside = self._folder / f".{name}.tmp-{os.getpid()}"
-        needed = self._last_size()
+        needed = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.recover()
-            free = shutil.disk_usage(self._folder).free
-            if free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside))
+            needed = self._last_size()
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             aside.mkdir()
+        except OSError as error:
+            raise _unwritable(error, self._folder, name, full=_is_full(error, self._folder), needed=needed) from error
+        try:
             write(aside)
             num_bytes = _seal(aside, state)
             _replace(aside, final)
         except Exception as error:
-            raised = _translate(error, self._folder, name, needed=max(needed, _size(aside)))
-            shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed now is removed by the next recover()
-            if raised is error:
-                raise
-            raise raised from error
+            full = _is_full(error, self._folder)
+            shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed now goes at the next recover()
+            if full or (isinstance(error, OSError) and error.errno in _DENIED):
+                raise _unwritable(error, self._folder, name, full=full, needed=needed) from error
+            raise
         log.info("checkpoint.saved", step=step, path=str(final), num_bytes=num_bytes)
         self._retain(step)
         return final
@@ -416,32 +419,35 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 20):,.1f} MiB"
 
 
-def _translate(error: Exception, folder: Path, name: str, *, needed: int) -> Exception:
-    """What the disk did, in words that help; any other error is given back as it is.
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether the lack of room is what ``error`` is about.
 
-    Libraries that write in native code report a full disk in their own types (safetensors) or not at all (torch's zip
-    writer), so the words of the system and the space that is left count too.
+    Libraries that write in native code report it in types of their own (safetensors: the system's words; torch's zip
+    writer: nothing but a failed assertion), so the words count, and the room that is left.
     """
-    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    if any(os.strerror(code) in str(error) for code in _FULL):
+        return True
     try:
-        free = shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free < 1 << 16
+    except OSError:
+        return False
+
+
+def _unwritable(error: Exception, folder: Path, name: str, *, full: bool, needed: int) -> RunDirError:
+    """``needed``: bytes of the last checkpoint; 0 when there was none."""
+    try:
+        free: str | None = _mib(shutil.disk_usage(folder).free)
     except OSError:
         free = None
-    room = "unknown" if free is None else _mib(free)
-    text = str(error)
-    full = (
-        number in _FULL
-        or any(os.strerror(code) in text for code in _FULL)
-        or (number is None and free is not None and free < 1 << 16)
-    )
     if full:
+        wanted = f"about {_mib(needed)}" if needed else "more than that"
         return RunDirError(
-            f"{folder}: no room for checkpoint {name}: it needs at least {_mib(needed)}, {room} free ({error}); "
+            f"{folder}: no room for checkpoint {name}: {free or 'unknown space'} free, it needs {wanted} ({error}); "
             "earlier checkpoints are untouched; make room and resume"
         )
-    if number in _DENIED:
-        return RunDirError(
-            f"{folder}: checkpoint {name} cannot be written ({error}; {room} free); earlier checkpoints are untouched; "
-            "make the folder writable and resume"
-        )
-    return error
+    return RunDirError(
+        f"{folder}: checkpoint {name} cannot be written ({error}); earlier checkpoints are untouched; make the folder "
+        "writable and resume"
+    )
