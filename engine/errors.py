@@ -14,6 +14,7 @@
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * GeneratorDied                     the engine that held rollouts is gone
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
+    * ActorFailed                       an actor failed for good, so the run ends; names actor and cause
     * ChannelError
         * ClosedChannel                 this end was closed by its owner
         * BrokenChannel                 the other end is gone; what is sent now can never arrive
@@ -107,6 +108,19 @@ class GeneratorDied(EngineError):
 
 class MalformedFrame(EngineError, ValueError):
     """Bytes from outside that are not what the wire format says; nothing of them was used."""
+
+
+class ActorFailed(EngineError):
+    """An actor failed beyond what its restart policy forgives. The one error that ends a run."""
+
+    def __init__(self, actor: str, cause: BaseException) -> None:
+        super().__init__(f"actor {actor!r} failed: {type(cause).__name__}: {cause}")
+        self.actor = actor
+        self.cause = cause
+        """What the actor raised; a ``UserError`` here is the user's to mend, and its exit code is the run's."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ActorFailed, (self.actor, self.cause))
 
 
 class ChannelError(EngineError):
