@@ -96,7 +96,7 @@ class DecodeThread(threading.Thread):
 
     Args:
         load: makes the decoder; called first, in this thread.
-        post: hands a call to the event loop; raises RuntimeError when the loop is closed.
+        post: hands a function and its arguments to the event loop; raises RuntimeError when the loop is closed.
         num_threads: CPU threads of every operation in this thread (torch keeps that number per thread).
     """
 
@@ -105,7 +105,7 @@ class DecodeThread(threading.Thread):
         *,
         load: Callable[[], Loaded],
         listener: Listener,
-        post: Callable[[Callable[[], None]], None],
+        post: Callable[..., object],
         num_threads: int,
     ) -> None:
         # A daemon: a program that dies without stopping its generator still ends.
@@ -127,13 +127,13 @@ class DecodeThread(threading.Thread):
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
-            self._post(lambda: self._listener.on_loaded(loaded))
+            self._post(self._listener.on_loaded, loaded)
             with torch.inference_mode():
                 self._decode(loaded.decoder, loaded.staging)
         except BaseException as e:  # handed on, not handled: whoever waits for an answer gets it as the cause
             error = e
         try:
-            self._post(lambda: self._listener.on_exit(error))
+            self._post(self._listener.on_exit, error)
         except RuntimeError:
             return  # the event loop is closed: nobody is left who could be told
 
@@ -159,7 +159,7 @@ class DecodeThread(threading.Thread):
                 busy_s=self._busy_s,
             )
             if ended:
-                self._post(lambda ended=ended: self._listener.on_ended(ended))  # type: ignore[misc]
+                self._post(self._listener.on_ended, ended)
 
     def _read(self, decoder: Decoder) -> None:
         """Take every message there is; with nothing to compute, wait for one."""
@@ -182,18 +182,17 @@ class DecodeThread(threading.Thread):
                 case Withdraw():
                     if self._switch is not None:
                         self._switch = None
-                        self._post(lambda: self._listener.on_switched(None))
+                        self._post(self._listener.on_switched, None)
                 case Stop():
                     self._is_stopping = True
 
     def _exchange(self, switch: Switch, decoder: Decoder, staging: StagingArea) -> None:
         staging.exchange(switch.staged)
         decoder.become(switch.version, recompute=switch.config.kv_cache == "recompute")
-        self._post(lambda: self._listener.on_switched(switch.version))
+        self._post(self._listener.on_switched, switch.version)
 
     def _admit(self, decoder: Decoder) -> None:
         admitted = [self._waiting.popleft() for _ in range(min(len(self._waiting), decoder.num_free))]
         if admitted:
-            tickets, version = [s.ticket for s in admitted], decoder.version
-            self._post(lambda: self._listener.on_begun(tickets, version))
+            self._post(self._listener.on_begun, [s.ticket for s in admitted], decoder.version)
             decoder.admit([(s.ticket, s.request) for s in admitted])

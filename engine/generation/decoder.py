@@ -1,10 +1,10 @@
-"""The decode loop's state: which sequence sits in which row, and what one step does. Synchronous; knows no queue or loop.
+"""Which sequence sits in which row, and what one decode step does. Synchronous; knows no queue and no event loop.
 
     n rows in use (dense from 0)      L positions in the longest row      V vocabulary
 
-A sequence of m known tokens has keys and values for the first m − 1 of them; the last one is the input of the next step.
-So a prompt is prefilled without its last token and without the output layer, n samples of a prompt share that prefill, and
-a sequence that runs can be rebuilt under new weights by the same prefill over all it has said.
+A sequence of m known tokens has keys and values for the first m − 1 of them; the last one is the input of the next
+step. So a prompt is prefilled without its last token and without the output layer, n samples of a prompt share that
+prefill, and a running sequence is rebuilt under new weights by the same prefill over all it has said.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class Decoder:
         return self.num_slots - self.num_running
 
     def admit(self, requests: Sequence[tuple[int, GenerationRequest]]) -> None:
-        """Put requests with their tickets into free rows, lowest first, and compute their prompts; at most ``num_free``."""
+        """Put requests with their tickets into free rows, lowest first, and compute their prompts.
+
+        At most ``num_free``. A prompt that another row was begun with, under the same weights, is copied from there.
+        """
         assert len(requests) <= self.num_free, f"{len(requests)} requests for {self.num_free} free slots"
         known_prompts = {
             row.request.token_ids: at

@@ -1,4 +1,4 @@
-"""The generator on torch: any transformers causal language model, continuous batching, weights exchanged while it decodes.
+"""The generator on torch: any transformers causal language model, continuous batching, weights exchanged in flight.
 
 This file is the side that the event loop sees: requests and futures, cancellation, the end. ``decode_thread`` says what
 happens when, ``decoder`` what a step computes, ``sampling`` what is drawn, ``kv_cache`` where keys and values lie, and
@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.errors import GeneratorDied
 from engine.generation.decode_thread import Abort, DecodeThread, Loaded, Stop, Submission, Submit, Switch, Withdraw
 from engine.generation.decoder import Decoder
-from engine.generation.model import DTYPES, check_architecture, load_model, max_positions, probe
+from engine.generation.model import DTYPES, load_decodable
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.generation.sampling import check_params
-from engine.generation.staging import Staged, StagingArea
+from engine.generation.staging import Staged
 from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
 
 
@@ -35,8 +35,8 @@ class _Open(NamedTuple):
 class HFGenerator:
     """Satisfies ``engine.generation.protocol.Generator``.
 
-    Requests wait first come, first served for one of ``config.num_slots`` slots; a slot that falls free is refilled before
-    the next decode step. Log-probabilities are summed in float64 from float32 logits.
+    Requests wait first come, first served for one of ``config.num_slots`` slots; a slot that falls free is refilled
+    before the next decode step. Log-probabilities are summed in float64 from float32 logits.
 
     Args:
         config: slots, device, dtype and threads; how tokens are drawn comes with each request.
@@ -99,11 +99,11 @@ class HFGenerator:
             self._give_up(ticket, Aborted(f"request {request_id} was aborted"))
 
     async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
-        """As the protocol says. One at a time, in order of calls; a cancelled one that has not happened yet does not happen.
+        """As the protocol says. One at a time, in order of calls; cancelled before the switch, it does not happen.
 
         Raises:
-            ValueError: a name or shape that the model does not have, parameters that are missing, or a version below the
-                present one. The present weights stay whole.
+            ValueError: a name or shape that the model does not have, parameters that are missing, or a version below
+                the present one. The present weights stay whole.
             GeneratorDied: the engine is gone.
         """
         async with self._updating:
@@ -174,7 +174,8 @@ class HFGenerator:
         self._switched.set_result(version)
 
     def on_exit(self, error: BaseException | None) -> None:
-        assert self._exited is not None and self._loaded is not None
+        assert self._exited is not None
+        assert self._loaded is not None
         self._exited.set_result(None)
         if error is not None and not self._loaded.done():
             self._loaded.set_exception(error)
@@ -230,16 +231,14 @@ class HFGenerator:
             check_params(request.params)
             if not request.token_ids:
                 raise ValueError(f"{name} has an empty prompt; expected at least one token")
-            if not (0 <= min(request.token_ids) and max(request.token_ids) < vocab):
+            low, high = min(request.token_ids), max(request.token_ids)
+            if low < 0 or high >= vocab:
+                raise ValueError(f"{name} has token ids from {low} to {high}; the model knows 0 to {vocab - 1}")
+            num_prompt, num_new = len(request.token_ids), request.params.max_new_tokens
+            if limit is not None and num_prompt + num_new > limit:
                 raise ValueError(
-                    f"{name} has token ids from {min(request.token_ids)} to {max(request.token_ids)}; the model knows "
-                    f"0 to {vocab - 1}"
-                )
-            total = len(request.token_ids) + request.params.max_new_tokens
-            if limit is not None and total > limit:
-                raise ValueError(
-                    f"{name}: {len(request.token_ids)} prompt tokens and max_new_tokens={request.params.max_new_tokens} "
-                    f"make {total}, the model has {limit} positions"
+                    f"{name}: {num_prompt} prompt tokens and max_new_tokens={num_new} make {num_prompt + num_new}, "
+                    f"the model has {limit} positions"
                 )
             if not 0 <= request.stream_key < 1 << 64:
                 raise ValueError(f"{name}: stream_key must be an unsigned 64-bit number, got {request.stream_key}")
@@ -249,7 +248,8 @@ class HFGenerator:
     async def _stage(self, buckets: Iterable[Bucket]) -> Staged:
         """Copy in the worker thread. Returns or raises only when that thread has let go of ``buckets``."""
         thread, copier, loaded = self._thread, self._copier, self._loaded
-        assert copier is not None and loaded is not None
+        assert copier is not None
+        assert loaded is not None
         is_cancelled = False
 
         def is_wanted() -> bool:
@@ -277,16 +277,10 @@ class HFGenerator:
     # Life.
 
     def _load(self) -> Loaded:
-        device = torch.device(self._config.device)
-        model = load_model(self._student, dtype=DTYPES[self._config.dtype], device=device)
-        check_architecture(model, path=self._student.path)
-        probe(model, path=self._student.path)
-        return Loaded(
-            decoder=Decoder(model, num_slots=self._config.num_slots, version=self._first_version),
-            staging=StagingArea(model),
-            vocab_size=model.get_input_embeddings().weight.shape[0],
-            max_positions=max_positions(model),
-        )
+        config = self._config
+        ready = load_decodable(self._student, dtype=DTYPES[config.dtype], device=torch.device(config.device))
+        decoder = Decoder(ready.model, num_slots=config.num_slots, version=self._first_version)
+        return Loaded(decoder, ready.staging, ready.vocab_size, ready.max_positions)
 
     def _is_ready(self) -> bool:
         return self._thread is not None and self._loaded is not None and self._loaded.done()
@@ -311,7 +305,7 @@ def _for_request(on_begin: Callable[[int, int], None] | None, request_id: int) -
     return None if on_begin is None else lambda version: on_begin(request_id, version)
 
 
-async def _settled(future: asyncio.Future[object]) -> None:
+async def _settled(future: asyncio.Future[Any]) -> None:
     """Wait for ``future`` through any further cancellation; its outcome is of no interest any more."""
     while not future.done():
         try:

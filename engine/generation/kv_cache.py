@@ -2,9 +2,9 @@
 
     L positions that a pass looks at      n occupied rows      H heads of keys and values      D their width
 
-A transformers model sees an ordinary ``Cache``. What a forward pass does with it was said just before by ``begin_prefill``
-or ``begin_decode``: a prefill stores and attends only to what it computes itself; a decode step stores one position per row
-and attends to the first L positions of every row, behind the mask that the caller gives the model.
+A transformers model sees an ordinary ``Cache``. What a forward pass does with it was said just before by
+``begin_prefill`` or ``begin_decode``: a prefill stores and attends only to what it computes itself; a decode step
+stores one position per row and attends to the first L of every row, behind the mask that the caller gives the model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _GRAIN = 64
 class SlotCache(Cache):
     """[num_slots, H, capacity, D] keys and values per layer.
 
-    Rows hold finite numbers at all times, also where nothing was stored: masked positions weigh exactly 0, and 0 · finite is
-    0, so what an earlier sequence left behind never reaches a result.
+    Rows hold finite numbers at all times, also where nothing was stored: a masked position weighs exactly 0, and
+    0 · finite is 0, so what an earlier sequence left behind never reaches a result.
     """
 
     def __init__(self, *, num_slots: int) -> None:
@@ -37,7 +37,7 @@ class SlotCache(Cache):
         self._is_prefill = False
         self._rows: Tensor | None = None
         self._others: Tensor | None = None
-        """Prefill: for each of ``_rows`` the batch row that it is filled from. Decode: the position that each row stores."""
+        """Prefill: the batch row that each of ``_rows`` is filled from. Decode: the position that each row stores."""
 
     @property
     def capacity(self) -> int:
@@ -61,7 +61,13 @@ class SlotCache(Cache):
         self._is_prefill, self._rows, self._others, self._length = True, rows, sources, length
 
     def begin_decode(self, *, rows: Tensor, positions: Tensor, length: int) -> None:
-        """The next forward pass has one position per row of the front: ``rows`` counts from 0, ``positions[i]`` < ``length``."""
+        """The next forward pass has one position for each of the first rows.
+
+        Args:
+            rows: 0, 1, …
+            positions: where each row stores it, below ``length``.
+            length: positions of every row that are attended to.
+        """
         self.reserve(length)
         self._is_prefill, self._rows, self._others, self._length = False, rows, positions, length
         self._num_rows = len(rows)
@@ -83,7 +89,8 @@ class SlotCache(Cache):
             self._values.append(self._allocate(value_states))
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         rows, others = self._rows, self._others
-        assert rows is not None and others is not None, "no pass was begun"
+        assert rows is not None, "no pass was begun"
+        assert others is not None, "no pass was begun"
         if self._is_prefill:
             keys[rows, :, : self._length] = key_states[others]
             values[rows, :, : self._length] = value_states[others]

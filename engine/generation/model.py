@@ -1,21 +1,24 @@
-"""Which models can be decoded here, and how one is loaded. Ends where the first token is sampled.
+"""Which models can be decoded here, how one is loaded and made fast. Ends where the first token is sampled.
 
-Any transformers causal language model whose attention takes keys and values from the ``Cache`` it is handed and masks as it
-is told: that is tried out on the loaded model, not looked up in a list.
+Any transformers causal language model whose attention takes keys and values from the ``Cache`` it is handed and masks
+as it is told: that is tried out on the loaded model, not looked up in a list, and so is all that makes it faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.errors import ModelError
+from engine.generation.attention import plain_mask, use_slot_attention
 from engine.generation.kv_cache import SlotCache
+from engine.generation.packed import pack_linears, unpack_linears
+from engine.generation.staging import StagingArea, tensor_groups
 from engine.recipe import Dtype, StudentConfig
 
 DTYPES: Mapping[Dtype, torch.dtype] = {
@@ -24,21 +27,72 @@ DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
 }
 
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Share of the largest logit: what rounding can do, and far less than a wrong mask or position does."""
 
 
-def load_model(student: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+class DecodableModel(NamedTuple):
+    """A model ready for slots."""
+
+    model: PreTrainedModel
+    staging: StagingArea
+    vocab_size: int
+    max_positions: int | None
+    """Tokens that prompt and answer may have together; None when the config sets no limit."""
+    is_fast: bool
+    """Runs on packed weights or slot attention, where the machine and the model allow them."""
+
+
+def load_decodable(student: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> DecodableModel:
     """The model of ``student.path``, frozen, in evaluation mode, on ``device``; never from the network.
 
     Raises:
-        ModelError: the folder is missing, broken, or not a causal language model.
+        ModelError: the folder is missing, broken, not a causal language model, or not one that can be decoded in slots.
     """
+    model = _load(student, dtype=dtype, device=device)
+    _check_architecture(model, path=student.path)
+    groups = tensor_groups(model)
+    expected = _plain_logits(model)
+    linears, attention = pack_linears(model, device=device), use_slot_attention(model)
+    is_fast = bool(linears) or attention is not None
+    try:
+        _check_decoding(model, expected, path=student.path)
+    except ModelError:
+        if not is_fast:
+            raise
+        # Slow and right: the second check says whether it was the haste or the model.
+        is_fast = False
+        unpack_linears(model, linears)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        _check_decoding(model, expected, path=student.path)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return DecodableModel(
+        model=model,
+        staging=StagingArea(model, groups, device=device),
+        vocab_size=_vocab_size(model),
+        max_positions=int(limit) if limit else None,
+        is_fast=is_fast,
+    )
+
+
+def trunk(model: PreTrainedModel) -> Any:
+    """The model without its output layer: a prefill needs keys and values, no logits."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def decode_mask(positions_n: Tensor, *, length: int, dtype: torch.dtype) -> Tensor:
+    """[n, 1, 1, length] additive: row i looks at positions 0 … ``positions_n[i]``."""
+    hidden_nL = torch.arange(length, device=positions_n.device) > positions_n[:, None]
+    return plain_mask(hidden_nL, dtype=dtype)[:, None, None, :]
+
+
+def _load(student: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     folder = Path(student.path)
     if not (folder / "config.json").is_file():
         raise ModelError(f"student {student.path!r}: no config.json there; expected a folder in Hugging Face format")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=student.trust_remote_code,
@@ -47,100 +101,76 @@ def load_model(student: StudentConfig, *, dtype: torch.dtype, device: torch.devi
         )
     except Exception as error:  # transformers, safetensors and json raise a dozen kinds here; all mean this folder
         raise ModelError(
-            f"student {student.path!r}: not loadable as a causal language model: {_first_line(error)}"
+            f"student {student.path!r}: cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
-    missing = sorted(loading["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ModelError(
             f"student {student.path!r}: the weights lack {len(missing)} parameters that its config asks for, "
             f"among them {missing[0]!r}; they would be random"
         )
-    model.to(device)
-    model.eval()
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
-    checked: PreTrainedModel = model
-    return checked
+    return model
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that prompt and answer may have together; None when the config sets no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
-def check_architecture(model: PreTrainedModel, *, path: str) -> None:
-    """Refuse by name what cannot be decoded in slots.
-
-    Raises:
-        ModelError: sliding or chunked windows, recurrent layers, an encoder.
-    """
+def _check_architecture(model: PreTrainedModel, *, path: str) -> None:
+    """Refuse by name what cannot be decoded in slots."""
     config = model.config
-    kind = getattr(config, "model_type", type(model).__name__)
-    others = sorted({t for t in getattr(config, "layer_types", None) or () if t != "full_attention"})
+    name = f"student {path!r} ({config.model_type})"
+    wanted = "this generator decodes models whose layers all attend to the whole sequence"
+    layer_types = getattr(config, "layer_types", None)
+    others = sorted({kind for kind in layer_types or () if kind != "full_attention"})
     if others:
-        raise ModelError(
-            f"student {path!r} ({kind}) has {', '.join(others)} layers; this generator decodes models whose layers all "
-            "attend to the whole sequence"
-        )
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
-        raise ModelError(
-            f"student {path!r} ({kind}) attends to a sliding window of {config.sliding_window} tokens; this generator "
-            "decodes models whose layers all attend to the whole sequence"
-        )
+        raise ModelError(f"{name} has {', '.join(others)} layers; {wanted}")
+    if layer_types is None and getattr(config, "sliding_window", None):
+        raise ModelError(f"{name} attends to a sliding window of {config.sliding_window} tokens; {wanted}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"student {path!r} ({kind}) has an encoder; expected a causal language model")
+        raise ModelError(f"{name} has an encoder; expected a causal language model")
+
+
+def _probe_sequences(vocab_size: int) -> list[list[int]]:
+    """Unequal lengths: equal ones would not notice a mask that is ignored."""
+    return [[(7 * place + 3) % vocab_size for place in range(length)] for length in (6, 3)]
 
 
 @torch.inference_mode()
-def probe(model: PreTrainedModel, *, path: str) -> None:
-    """Decode a few tokens of two unequal sequences in slots and compare with plain forward passes.
+def _plain_logits(model: PreTrainedModel) -> Tensor:
+    """[n, V] after the last token of each probe sequence, one forward pass each, no cache."""
+    rows = [
+        model(input_ids=torch.tensor([sequence], device=model.device), use_cache=False).logits[0, -1]
+        for sequence in _probe_sequences(_vocab_size(model))
+    ]
+    return torch.stack(rows).float()
 
-    Raises:
-        ModelError: the two disagree, or the model cannot work with the cache at all.
-    """
-    device = model.device
-    vocab = model.get_input_embeddings().weight.shape[0]
-    sequences = [[(7 * i + 3) % vocab for i in range(n)] for n in (6, 3)]
-    plain = torch.stack([model(input_ids=torch.tensor([s], device=device)).logits[0, -1] for s in sequences]).float()
+
+@torch.inference_mode()
+def _check_decoding(model: PreTrainedModel, expected_nV: Tensor, *, path: str) -> None:
+    name = f"student {path!r} ({model.config.model_type})"
     try:
-        slotted = _decode_last_two(model, sequences).float()
-    except Exception as error:  # whatever a model does with a cache that it does not know
+        logits_nV = _slot_logits(model).float()
+    except Exception as error:  # whatever a model does with a cache or a mask that it does not know
+        raise ModelError(f"{name} cannot be decoded in slots: {_first_line(error)}") from error
+    share = float((expected_nV - logits_nV).abs().max() / expected_nV.abs().max().clamp_min(1e-6))
+    tolerance = _TOLERANCE[model.dtype]
+    if not share <= tolerance:
         raise ModelError(
-            f"student {path!r} ({model.config.model_type}) cannot decode with a slot cache: {_first_line(error)}"
-        ) from error
-    error_share = float((plain - slotted).abs().max() / plain.abs().max().clamp_min(1e-6))
-    tolerance = _PROBE_TOLERANCE.get(model.dtype, 0.15)
-    if not error_share <= tolerance:
-        raise ModelError(
-            f"student {path!r} ({model.config.model_type}): decoding in slots differs from a plain forward pass by "
-            f"{error_share:.2g} of the largest logit, at most {tolerance} is rounding; its attention does not follow the "
-            "positions or the mask that it is given"
+            f"{name}: decoding in slots differs from a plain forward pass by {share:.2g} of the largest logit, where "
+            f"{tolerance} could be rounding; its attention does not follow the positions or the mask that it is given"
         )
 
 
-def decode_mask(positions_n: Tensor, *, length: int, dtype: torch.dtype) -> Tensor:
-    """[n, 1, 1, length] additive: 0 up to and with a row's position, the lowest number after it.
-
-    Additive suits eager and sdpa attention alike; the lowest number instead of −inf cannot make a NaN.
-    """
-    hidden_nL = torch.arange(length, device=positions_n.device) > positions_n[:, None]
-    mask_nL = torch.zeros(hidden_nL.shape, dtype=dtype, device=positions_n.device)
-    return mask_nL.masked_fill_(hidden_nL, torch.finfo(dtype).min)[:, None, None, :]
-
-
-def trunk(model: PreTrainedModel) -> Any:
-    """The model without its output layer: a prefill needs keys and values, no logits."""
-    return getattr(model, model.base_model_prefix, model)
-
-
-def _decode_last_two(model: PreTrainedModel, sequences: list[list[int]]) -> Tensor:
-    device, num = model.device, len(sequences)
-    cache = SlotCache(num_slots=num + 1)
+def _slot_logits(model: PreTrainedModel) -> Tensor:
+    """The same as ``_plain_logits`` by a ragged prefill and two decode steps."""
+    sequences, device = _probe_sequences(_vocab_size(model)), model.device
+    num, width = len(sequences), max(map(len, sequences)) - 2
     rows = torch.arange(num, device=device)
-    width = max(map(len, sequences)) - 2
+    cache = SlotCache(num_slots=num)
     known = torch.tensor([(s[:-2] + [0] * width)[:width] for s in sequences], device=device)
-    cache.begin_prefill(rows=rows, sources=rows, length=width)
     places = torch.arange(width, device=device).expand(num, -1)
+    cache.begin_prefill(rows=rows, sources=rows, length=width)
     trunk(model)(input_ids=known, position_ids=places, past_key_values=cache, use_cache=True)
     logits = torch.empty(0)
     for back in (2, 1):
@@ -155,6 +185,12 @@ def _decode_last_two(model: PreTrainedModel, sequences: list[list[int]]) -> Tens
             use_cache=True,
         ).logits[:, -1]
     return logits
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _first_line(error: BaseException) -> str:

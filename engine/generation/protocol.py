@@ -74,8 +74,8 @@ class Generator(Protocol):
     ) -> Generation:
         """Answer one prompt. Requests with one prompt that are open together are prefilled once.
 
-        ``on_begin(version)`` is called on the event loop when the request enters a decode slot, with the policy version that
-        its first token will be sampled under. Cancelling the call frees the slot.
+        ``on_begin(version)`` is called on the event loop when the request enters a decode slot, with the policy version
+        that its first token will be sampled under. Cancelling the call frees the slot.
 
         Raises:
             Aborted: ``abort`` was called for this request.
@@ -101,8 +101,8 @@ class Generator(Protocol):
     async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
         """Become ``version``: returns when the next token of every sequence will come from the new weights.
 
-        ``buckets`` is consumed in a worker thread; every tensor is copied. With ``config.mode="drain"`` the switch waits
-        until all running sequences have ended, and no new one begins before it.
+        ``buckets`` is consumed in a worker thread; every tensor is copied. With ``config.mode="drain"`` the switch
+        waits until all running sequences have ended, and no new one begins before it.
 
         Raises:
             ValueError: a name or shape that the model does not have.

@@ -1,10 +1,10 @@
 """Turns logits and one uniform number per row into a token and its two log-probabilities. Knows no model and no slots.
 
-    n rows (sequences of one decode step)      V vocabulary      B blocks of ``_BLOCK`` ids, V rounded up      C candidates
+    n rows of a decode step   g rows of one kind   V vocabulary   B blocks of b = 256 ids, V rounded up   C candidates
 
-What a row yields is a function of its own logits, settings and number: the other rows only share the passes over memory.
-The distribution that is drawn from: logits / temperature, of which the ``top_k`` largest are kept, of which the smallest
-set with mass ≥ ``top_p`` is kept, renormalised. Equal logits rank by id, the lower first.
+What a row yields is a function of its own logits, settings and number: the others only share the passes over memory.
+The distribution that is drawn from: softmax of logits / temperature, of which the ``top_k`` largest are kept, of which
+the smallest set with mass ≥ ``top_p`` is kept, renormalised. Equal logits rank by id, the lower first.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class BatchSampler:
         Raises:
             FloatingPointError: a row holds NaN or infinity.
         """
-        n, vocab = logits_nV.shape
+        n = len(logits_nV)
         max_n = logits_nV.amax(dim=-1)
         weights_nBb = _blocks(logits_nV, max_n)
         sums_nB = weights_nBb.sum(dim=-1).double()
@@ -198,7 +198,7 @@ def _draw_filtered(scaled_gV: Tensor, filters: Sequence[SamplingParams], u_g: Te
 
 
 def _leaders(scaled_gV: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``num`` largest values with their ids, ties by id, and whether that set is unambiguous (no tie at its edge)."""
+    """The ``num`` largest values with their ids, ties by id, and whether no tie at the edge leaves that set open."""
     values_gC, ids_gC = scaled_gV.topk(num, dim=-1)
     # topk leaves the order of equal values open: sort by id, then stably by value.
     ids_gC = ids_gC.sort(dim=-1).values

@@ -1,37 +1,57 @@
 """How a new version's tensors get into a model that is decoding: copied aside first, exchanged in one go.
 
-Copying 450 MB takes 60 ms and the sender may be slower still; the exchange moves pointers and takes microseconds, so that is
-all a decode step waits for, and a version that turns out incomplete has touched nothing. The price is a second set of
-tensors; after an exchange the old ones become the space for the next version.
+Copying 450 MB takes a tenth of a second and the sender may be slower still; the exchange moves pointers and takes well
+under a millisecond, so that is all a decode step waits for, and a version that turns out incomplete has touched nothing.
+The price is a second set of tensors; after an exchange the old ones are the space for the next version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
+from engine.generation.packed import PackedLinear
 from engine.generation.protocol import Bucket
 
-
 Staged = frozenset[int]
-"""Which tensors of the model a staged version brings."""
+"""Which groups of the model's tensors a staged version brings."""
+
+
+class TensorGroup(NamedTuple):
+    """Names that are one tensor (tied weights), as a checkpoint knows them."""
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    is_parameter: bool
+    """A version without it is incomplete; a buffer may stay as it is."""
+
+
+def tensor_groups(model: nn.Module) -> list[TensorGroup]:
+    """Parameters and persistent buffers of a model as it was loaded, before any layer was packed."""
+    persistent = model.state_dict().keys()
+    names_of: dict[int, list[str]] = {}
+    tensors: dict[int, tuple[Tensor, bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = (parameter, True)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name in persistent:
+            names_of.setdefault(id(buffer), []).append(name)
+            tensors[id(buffer)] = (buffer, False)
+    return [TensorGroup(tuple(names_of[key]), tensor.shape, required) for key, (tensor, required) in tensors.items()]
 
 
 class StagingArea:
-    """The tensors of one model and the spare ones beside them."""
+    """The places of one model where weights lie, and the spare tensors beside them."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        persistent = model.state_dict().keys()
-        self._targets: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._required = {id(tensor) for tensor in self._targets.values()}
-        for name, buffer in model.named_buffers(remove_duplicate=False):
-            if name in persistent:
-                self._targets[name] = buffer
-        self._spare: dict[int, Tensor] = {}
-        self._device = model.device
+    def __init__(self, model: nn.Module, groups: Sequence[TensorGroup], *, device: torch.device) -> None:
+        self._groups = groups
+        self._group_of = {name: index for index, group in enumerate(groups) for name in group.names}
+        self._places = [_places(model, group) for group in groups]
+        self._device = device
 
     def stage(self, buckets: Iterable[Bucket], *, is_wanted: Callable[[], bool]) -> Staged:
         """Copy a version aside. Called in a worker thread while the model decodes.
@@ -45,45 +65,90 @@ class StagingArea:
         staged: set[int] = set()
         for bucket in buckets:
             if not is_wanted():
-                break
+                return frozenset(staged)
             for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
                 staged.add(self._copy(name, tensor))
             if self._device.type == "cuda":
                 # The sender may overwrite the bucket as soon as it is asked for the next one.
                 torch.cuda.current_stream(self._device).synchronize()
-        else:
-            self._check_complete(staged)
-        return frozenset(staged)
-
-    def exchange(self, staged: Staged) -> None:
-        """Point the model at what was staged. Called by the thread that decodes, between two steps."""
-        for target in {id(tensor): tensor for tensor in self._targets.values()}.values():
-            if id(target) in staged:
-                target.data, self._spare[id(target)] = self._spare[id(target)], target.data
-
-    def _copy(self, name: str, tensor: Tensor) -> int:
-        target = self._targets.get(name)
-        if target is None:
-            raise ValueError(
-                f"weights: the model has no parameter {name!r}; names are those of its Hugging Face checkpoint, "
-                f"such as {next(iter(self._targets))!r}"
-            )
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"weights: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(target.shape)}; "
-                "was another model exported?"
-            )
-        spare = self._spare.get(id(target))
-        if spare is None:
-            spare = self._spare[id(target)] = torch.empty_like(target, requires_grad=False)
-        with torch.no_grad():
-            spare.copy_(tensor)
-        return id(target)
-
-    def _check_complete(self, staged: set[int]) -> None:
-        missing = [name for name, tensor in self._targets.items() if id(tensor) in self._required - staged]
+        missing = [g.names[0] for index, g in enumerate(self._groups) if g.is_parameter and index not in staged]
         if missing:
             raise ValueError(
                 f"weights: {len(missing)} parameters did not come, among them {missing[0]!r}; a version is all of them "
                 "(tied ones once), or old and new would mix"
             )
+        return frozenset(staged)
+
+    def exchange(self, staged: Staged) -> None:
+        """Point the model at what was staged. Called by the thread that decodes, between two steps."""
+        for index in staged:
+            for place in self._places[index]:
+                place.exchange()
+
+    def _copy(self, name: str, tensor: Tensor) -> int:
+        index = self._group_of.get(name)
+        if index is None:
+            raise ValueError(
+                f"weights: the model has no parameter {name!r}; names are those of its Hugging Face checkpoint, "
+                f"such as {self._groups[0].names[0]!r}"
+            )
+        expected = self._groups[index].shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"weights: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(expected)}; "
+                "was another model exported?"
+            )
+        for place in self._places[index]:
+            place.stage(tensor)
+        return index
+
+
+class _Place(Protocol):
+    def stage(self, tensor: Tensor) -> None: ...
+    def exchange(self) -> None: ...
+
+
+class _PlainPlace:
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+        self._spare: Tensor | None = None
+
+    def stage(self, tensor: Tensor) -> None:
+        with torch.no_grad():
+            if self._spare is None:
+                self._spare = torch.empty_like(self._target, requires_grad=False)
+            self._spare.copy_(tensor)
+
+    def exchange(self) -> None:
+        assert self._spare is not None, "nothing was staged"
+        self._target.data, self._spare = self._spare, self._target.data
+
+
+class _PackedPlace:
+    """oneDNN lays out a tensor of its own each time, so there is nothing to reuse."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        self._linear = linear
+        self._spare: Tensor | None = None
+
+    def stage(self, tensor: Tensor) -> None:
+        self._spare = self._linear.pack(tensor)
+
+    def exchange(self) -> None:
+        assert self._spare is not None, "nothing was staged"
+        self._linear.packed, self._spare = self._spare, None
+
+
+def _places(model: nn.Module, group: TensorGroup) -> list[_Place]:
+    """One for the tensor that its names share, and one for each packed copy of it."""
+    places: list[_Place] = []
+    plain: dict[int, Tensor] = {}
+    for name in group.names:
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if isinstance(owner, PackedLinear) and attribute == "weight":
+            places.append(_PackedPlace(owner))
+        else:
+            tensor = getattr(owner, attribute)
+            plain[id(tensor)] = tensor
+    return [*places, *map(_PlainPlace, plain.values())]

@@ -1,0 +1,61 @@
+"""Linear layers for a handful of rows: oneDNN with the weight laid out for it beforehand. CPU only.
+
+A decode step multiplies 8 to 16 rows by every weight. The library that torch uses for plain weights is slow at that:
+for 8 rows and an output layer of 49,152 × 576, 18 ms against 7 ms with a packed weight (one AVX-512 thread); at 1,000
+rows packed is still 20 % faster. Packing costs as much as copying, once per version, outside the decode loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module):
+    """Computes what ``linear`` does. It has no parameter ``weight``: ``pack`` makes what is assigned to ``packed``."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = linear.bias
+        self.packed = self.pack(linear.weight)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[out_features, in_features] in oneDNN's own order; opaque, of no use but in ``forward``."""
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
+        return packed
+
+    def forward(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        return product
+
+
+def pack_linears(model: nn.Module, *, device: torch.device) -> Mapping[str, nn.Linear]:
+    """Replace every plain ``nn.Linear`` of a frozen model, where this machine and dtype can; others stay.
+
+    Returns:
+        What was replaced, by module name: ``unpack_linears`` puts it back.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and _can_pack(module.weight.dtype, device)
+    }
+    for name, linear in linears.items():
+        model.set_submodule(name, PackedLinear(linear))
+    return linears
+
+
+def unpack_linears(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    onednn = torch.backends.mkldnn
+    if device.type != "cpu" or not onednn.is_available() or not onednn.enabled:  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
