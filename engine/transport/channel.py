@@ -125,9 +125,8 @@ class _Core(Generic[T]):
     """What the ends share. All methods are synchronous and leave these true:
 
     * a waiting receiver means that every item in the buffer is promised to another one;
-    * a waiting sender means that the first in line does not fit;
-    * ``free_until`` is ``max_items`` when nobody is before the next send, and 0 when it must look
-      twice.
+    * a waiting sender means that the first in line does not fit, or that a granted one is about to run;
+    * ``free_until`` is ``max_items`` when nobody is before the next send, and 0 when it must look twice.
     """
 
     __slots__ = (
@@ -339,7 +338,7 @@ class Sender(Generic[T]):
         if not core.put_if_free(item, weight):
             await self._wait_for_place(weight)
             core.append(item, weight)
-            core.look_again()
+            core.wake_senders()
 
     def try_send(self, item: T) -> None:
         """Append one item now.
@@ -388,7 +387,9 @@ class Sender(Generic[T]):
         core = self._core
         waiter = _Waiter(self, weight)
         core.senders.append(waiter)
-        core.wake_senders()  # there may be room, with granted senders in front that have not run yet
+        # Not woken here even if there is room, because a granted future does not suspend, and this item would overtake
+        # those of granted senders that have not run yet. The last of them wakes this one.
+        core.look_again()
         started = core.send_wait.begin()
         is_granted = False
         try:

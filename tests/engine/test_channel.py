@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from collections.abc import Callable
 
 import hypothesis
@@ -88,6 +90,23 @@ async def test_waiting_senders_are_served_in_their_order_and_nobody_overtakes_th
 
     assert got == [0, 1, 2, 3, 4]
     await asyncio.gather(*blocked)
+
+
+async def test_room_beyond_what_is_granted_does_not_let_a_newcomer_overtake(settle: Settle) -> None:
+    sender, receiver = make_channel(max_items=2)
+    sender.try_send(0)
+    sender.try_send(1)
+    blocked = asyncio.create_task(sender.send(2))
+    await settle()
+
+    got = [receiver.try_receive(), receiver.try_receive()]
+    with pytest.raises(WouldBlock):
+        sender.try_send(99)  # two places are free, and one was granted
+    await sender.send(3)
+    got += [receiver.try_receive(), receiver.try_receive()]
+
+    assert got == [0, 1, 2, 3]
+    await blocked
 
 
 async def test_waiting_receivers_are_served_in_their_order_and_nobody_overtakes_them(settle: Settle) -> None:
@@ -220,6 +239,20 @@ async def test_a_lighter_sender_goes_on_when_the_heavy_one_before_it_gives_up(se
     heavy.cancel()
 
     await light
+    assert [receiver.try_receive(), receiver.try_receive()] == [6, 1]
+
+
+async def test_a_lighter_sender_goes_on_when_the_heavy_one_before_it_is_closed(settle: Settle) -> None:
+    sender, receiver = make_weighing_channel(max_weight=10)
+    other = sender.clone()
+    await sender.send(6)
+    heavy = asyncio.create_task(sender.send(9))
+    light = asyncio.create_task(other.send(1))
+    await settle()
+    sender.close()
+
+    await light
+    assert isinstance(heavy.exception(), ClosedChannel)
     assert [receiver.try_receive(), receiver.try_receive()] == [6, 1]
 
 
@@ -392,11 +425,12 @@ async def test_a_thousand_cancelled_receives_leave_no_trace(settle: Settle) -> N
     sender, receiver = make_channel()
     losers = [asyncio.create_task(receiver.receive()) for _ in range(1_000)]
     await settle()
-    for loser in losers:
-        loser.cancel()
+    while losers:
+        losers.pop().cancel()
     await settle()
 
     assert sender.statistics().waiting_receivers == 0
+    assert not any(type(thing).__name__ == "_Waiter" for thing in gc.get_objects())
     await sender.send(1)
     assert receiver.try_receive() == 1
 
@@ -404,9 +438,10 @@ async def test_a_thousand_cancelled_receives_leave_no_trace(settle: Settle) -> N
 # --- random histories -----------------------------------------------------------------------------------------------
 
 OPERATIONS = (
-    "send", "send", "send", "receive", "receive", "receive", "try_send", "try_receive", "cancel_send", "cancel_receive",
-    "turn", "turn", "settle", "clone_sender", "clone_receiver", "close_sender", "close_receiver",
-)  # fmt: skip
+    *("send", "send", "receive", "receive", "send_now", "receive_now", "try_send", "try_receive", "fill", "empty"),
+    *("cancel_send", "cancel_receive", "turn", "turn", "settle"),
+    *("clone_sender", "clone_receiver", "close_sender", "close_receiver"),
+)
 Operation = tuple[str, int]
 
 
@@ -463,6 +498,16 @@ class History:
                 self.try_send(sender)
             case "try_receive":
                 self.try_receive(receiver)
+            case "send_now":
+                self.send_now(sender)
+            case "receive_now":
+                self.receive_now(receiver)
+            case "fill":
+                for _ in range(self.max_items):
+                    self.try_send(sender)
+            case "empty":
+                for _ in range(self.max_items):
+                    self.try_receive(receiver)
             case "cancel_send" if self.sends:
                 self.sends[pick % len(self.sends)].cancel()
             case "cancel_receive" if self.receives:
@@ -479,6 +524,20 @@ class History:
                 await asyncio.sleep(0)
             case "settle":
                 await self.settle()
+
+    def send_now(self, sender: Sender[int]) -> None:
+        """One step of ``send`` ahead of all tasks; a call that waits is thrown away where it stands."""
+        call = self.send(sender)
+        with contextlib.suppress(StopIteration):
+            call.send(None)
+            call.close()
+            self.refused.append(self.num_calls)
+
+    def receive_now(self, receiver: Receiver[int]) -> None:
+        call = self.receive(receiver)
+        with contextlib.suppress(StopIteration):
+            call.send(None)
+            call.close()
 
     def try_send(self, sender: Sender[int]) -> None:
         item = self.new_item()
@@ -542,7 +601,7 @@ class History:
 
 
 @pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
-@hypothesis.settings(max_examples=250)
+@hypothesis.settings(max_examples=500)
 @hypothesis.given(
     operations=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 7)), max_size=60),
     max_items=st.integers(1, 4),
