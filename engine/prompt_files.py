@@ -77,7 +77,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); expected one object per line") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a {_kind(value)}; expected one object per line")
+        raise DataError(f"{where}: {_kind(value)}; expected one object per line")
     return value
 
 
@@ -128,12 +128,12 @@ def _check_row(row: dict[str, Any], row_index: int, where: str, config: DataConf
         _check_messages(prompt, where, config.prompt_column)
     else:
         raise DataError(
-            f"{where}: {config.prompt_column!r} is a {_kind(prompt)}; expected a string or a list of "
+            f"{where}: {config.prompt_column!r} is {_kind(prompt)}; expected a string or a list of "
             '{"role", "content"} messages'
         )
     reference = None if config.reference_column is None else row.get(config.reference_column)
     if reference is not None and not isinstance(reference, str):
-        raise DataError(f"{where}: {config.reference_column!r} is a {_kind(reference)}; expected a string, or null")
+        raise DataError(f"{where}: {config.reference_column!r} is {_kind(reference)}; expected a string, or null")
     if reference is not None and not reference.strip():
         raise DataError(f"{where}: {config.reference_column!r} is empty; use null for a row without a reference")
     return RawRow(where, row_index, prompt, reference)
@@ -145,11 +145,11 @@ def _check_messages(messages: list[Any], where: str, column: str) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(
-                f'{where}: message {number} of {column!r} is a {_kind(message)}; expected {{"role", "content"}}'
+                f'{where}: message {number} of {column!r} is {_kind(message)}; expected {{"role", "content"}}'
             )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                what = f"a {_kind(message[key])}" if key in message else "missing"
+                what = _kind(message[key]) if key in message else "missing"
                 raise DataError(f"{where}: message {number} of {column!r}: {key!r} is {what}; expected a string")
     if messages[-1]["role"] == "assistant":
         raise DataError(
@@ -160,12 +160,12 @@ def _check_messages(messages: list[Any], where: str, column: str) -> None:
 def _kind(value: object) -> str:
     """A JSON value's type in the words of JSON."""
     kinds: dict[type, str] = {
-        dict: "object",
-        list: "list",
-        str: "string",
-        bool: "boolean",
-        int: "number",
-        float: "number",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
         type(None): "null",
     }
-    return kinds.get(type(value), type(value).__name__)
+    return kinds.get(type(value), f"of type {type(value).__name__}")
