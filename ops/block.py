@@ -15,7 +15,7 @@ from ops.coarse import Coarse, coarsen, entropy, solve
 from ops.objectives import Objective
 from ops.scores import Support
 
-METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy")
+METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy", "student_logprob")
 
 
 def solve_block(
@@ -32,6 +32,7 @@ def solve_block(
     """
     num_top = support.ids.shape[1] - 1
     support_logits = logits.gather(1, support.ids).double()
+    sampled_logits = logits.gather(1, support.sampled_ids.clamp(min=0).unsqueeze(1)).squeeze(1).double()
     logits.scatter_(1, support.ids, -torch.inf)
     largest = logits.topk(min(max(num_top, 1), logits.shape[1]), dim=1).values.double()
     top = largest[:, :1]
@@ -47,7 +48,9 @@ def solve_block(
         logits.mul_(per_unit.unsqueeze(1).to(logits.dtype))
         # Added, not written: padded columns repeat an id of their row and bring 0.
         logits.scatter_add_(1, support.ids, gradient[:, :-1].to(logits.dtype))
-    return values, _metrics(coarse, support, support_logits, largest)
+    metrics = _metrics(coarse, support, support_logits, largest)
+    metrics["student_logprob"] = torch.where(support.sampled_ids >= 0, sampled_logits - coarse.student_lse, 0.0)
+    return values, metrics
 
 
 def _metrics(coarse: Coarse, support: Support, support_logits: Tensor, largest_of_tail: Tensor) -> dict[str, Tensor]:

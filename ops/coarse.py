@@ -39,6 +39,8 @@ class Coarse:
     """[T, C+1]: the teacher, summing to 1 with the tail; −inf where absent."""
     raw_log_p: Tensor
     """[T, C]: the teacher as given, on the columns that are present; −inf elsewhere."""
+    student_lse: Tensor
+    """[T]: log-sum-exp of all the student's logits; 0 when all are −inf."""
 
 
 def coarsen(support_logits: Tensor, tail_lse: Tensor, teacher_logprobs: Tensor) -> Coarse:
@@ -58,8 +60,8 @@ def coarsen(support_logits: Tensor, tail_lse: Tensor, teacher_logprobs: Tensor) 
     log_p = torch.cat((log_p_S, tail_p.log().unsqueeze(1)), dim=1) - log_total.unsqueeze(1)
 
     u = torch.cat((support_logits.masked_fill(~present, -torch.inf), tail_lse.unsqueeze(1)), dim=1)
-    log_q = u - _finite(u.logsumexp(dim=1)).unsqueeze(1)
-    return Coarse(log_q=log_q, log_p=log_p, raw_log_p=log_p_S)
+    student_lse = _finite(u.logsumexp(dim=1))
+    return Coarse(log_q=u - student_lse.unsqueeze(1), log_p=log_p, raw_log_p=log_p_S, student_lse=student_lse)
 
 
 def solve(objective: Objective, coarse: Coarse) -> tuple[Tensor, Tensor]:

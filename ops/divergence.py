@@ -33,6 +33,7 @@ class Divergence:
     teacher_mass, student_mass: probability of the teacher's top-k under each model's full softmax.
     topk_overlap: share of the teacher's top-k that is among the student's as many largest.
     teacher_entropy, student_entropy: nats, with the tail as one category, so a lower bound of the full entropy.
+    student_logprob: nats, of the sampled token under the student's full softmax; 0 where there is none.
     """
 
 

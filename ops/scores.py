@@ -55,9 +55,16 @@ class Support:
     """[T, C] bool: False at padding, at log-probability −inf, at a sampled token that the top-k has already."""
     logprobs: Tensor
     """[T, C] float64: the teacher's; −inf where not named."""
+    sampled_ids: Tensor
+    """[T] int64; −1: none."""
 
     def rows(self, start: int, end: int) -> Support:
-        return Support(ids=self.ids[start:end], named=self.named[start:end], logprobs=self.logprobs[start:end])
+        return Support(
+            ids=self.ids[start:end],
+            named=self.named[start:end],
+            logprobs=self.logprobs[start:end],
+            sampled_ids=self.sampled_ids[start:end],
+        )
 
 
 def support_of(scores: TeacherScores, *, num_rows: int, vocab_size: int) -> Support:
@@ -83,4 +90,9 @@ def support_of(scores: TeacherScores, *, num_rows: int, vocab_size: int) -> Supp
     # Padding must point somewhere. It points at a named column of its own row, so that hiding the support from the tail
     # hides nothing else: column 0 as a placeholder would take token 0 out of every padded row.
     anchor = ids.masked_fill(~named, -1).amax(dim=1, keepdim=True).clamp_(min=0)
-    return Support(ids=torch.where(named, ids, anchor), named=named, logprobs=logprobs.masked_fill(~named, -torch.inf))
+    return Support(
+        ids=torch.where(named, ids, anchor),
+        named=named,
+        logprobs=logprobs.masked_fill(~named, -torch.inf),
+        sampled_ids=sampled_ids.squeeze(1),
+    )

@@ -1,0 +1,276 @@
+"""The trainer on torch: any transformers causal language model, one device, gradients summed over a step's tokens.
+
+This file decides the order of things: lay out, forward, loss, backward, and once per step divide, clip, update. How
+rollouts are laid out is ``batch``'s, what the model is ``model``'s, the divergences are ``ops``'s.
+
+    T response tokens of a forward pass      D hidden size      V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, NonFiniteError
+from engine.generation.protocol import Bucket
+from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
+from engine.streams import stream_key
+from engine.training import batch as batches
+from engine.training.batch import StudentBatch
+from engine.training.export import buckets, digest_of, named_tensors
+from engine.training.model import Student, load_student
+from engine.training.optimizer import StepOptimizer
+from engine.training.protocol import EvalResult, MicroBatchReport
+from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
+from engine.training.schedule import learning_rate
+from engine.types import ScoredRollout, StepReport
+from ops import (
+    Divergence,
+    ForwardKL,
+    Objective,
+    ReverseKL,
+    divergence,
+    linear_divergence,
+    linear_divergence_with_gradients,
+)
+from teacher.protocol import Scores
+
+_OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
+
+
+class HFTrainer:
+    """Satisfies ``engine.training.protocol.Trainer``; see there for what each method promises.
+
+    ``export`` and ``digest`` only read weights, so another thread may call them while this one accumulates. After a
+    NonFiniteError the step under way is lost: ``load`` a checkpoint, or stop.
+
+    Args:
+        steps: of the whole run: where the learning rate schedule ends.
+        seed: of the streams that a model with randomness in its forward pass draws from.
+    """
+
+    def __init__(
+        self, *, config: LearnerConfig, student: StudentConfig, objective: ObjectiveConfig, steps: int, seed: int = 0
+    ) -> None:
+        self.version = 0
+        self._config = config
+        self._student_config = student
+        self._objective: Objective = _OBJECTIVES[objective.kind](tail=objective.tail)
+        self._num_steps = steps
+        self._seed = seed
+        self._loaded: tuple[Student, StepOptimizer] | None = None
+        self._step = _StepSums()
+
+    def start(self) -> None:
+        self._start_from(Path(self._student_config.path))
+
+    def accumulate(self, micro_batch: Sequence[ScoredRollout[Scores]]) -> MicroBatchReport:
+        batches.check(micro_batch)
+        total = batches.num_tokens(micro_batch)
+        if total > self._config.micro_batch_tokens:
+            raise ValueError(
+                f"the micro-batch has {total} prompt and response tokens, learner.micro_batch_tokens allows "
+                f"{self._config.micro_batch_tokens}; make it smaller or raise the budget"
+            )
+        losses = [0.0] * len(micro_batch)
+        num_computed = 0
+        for number, (group, batch) in enumerate(self._batches(micro_batch)):
+            with self._randomness("train", self._step.num_micro_batches, number):
+                out = self._forward_backward(batch)
+            num_computed += batch.num_computed_tokens
+            self._step.add(out)
+            for i, values in zip(group, _by_rollout(out.values, batch), strict=True):
+                losses[i] = float(values.sum())
+        num_tokens = sum(item.rollout.num_tokens for item in micro_batch)
+        loss_sum = math.fsum(losses)
+        self._step.num_micro_batches += 1
+        self._step.num_rollouts += len(micro_batch)
+        self._step.num_tokens += num_tokens
+        self._step.loss_sum += loss_sum
+        return MicroBatchReport(
+            num_rollouts=len(micro_batch),
+            num_tokens=num_tokens,
+            num_computed_tokens=num_computed,
+            loss_sum=loss_sum,
+            rollout_losses=tuple(
+                loss / item.rollout.num_tokens for loss, item in zip(losses, micro_batch, strict=True)
+            ),
+        )
+
+    def finish_step(self) -> StepReport:
+        """Also raises RuntimeError when nothing was accumulated."""
+        sums, optimizer = self._step, self._optimizer
+        if sums.num_tokens == 0:
+            raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
+        lr = learning_rate(self._config, step=self.version + 1, num_steps=self._num_steps)
+        grad_norm = optimizer.average(sums.num_tokens)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(sums.loss_sum)
+        if is_finite:
+            optimizer.step(num_tokens=sums.num_tokens, grad_norm=grad_norm, lr=lr)
+        elif self._config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"the gradient norm is {grad_norm} and the loss {sums.loss_sum / sums.num_tokens} over "
+                f"{sums.num_rollouts} rollouts; the weights are unchanged"
+            )
+        else:
+            optimizer.clear()
+        self.version += 1
+        self._step = _StepSums()
+        return StepReport(
+            step=self.version,
+            num_rollouts=sums.num_rollouts,
+            num_tokens=sums.num_tokens,
+            num_micro_batches=sums.num_micro_batches,
+            loss=sums.loss_sum / sums.num_tokens,
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=not is_finite,
+            metrics=sums.means(),
+        )
+
+    def evaluate(self, scored: Sequence[ScoredRollout[Scores]]) -> list[EvalResult]:
+        if not scored:
+            return []
+        batches.check(scored)
+        results: list[EvalResult | None] = [None] * len(scored)
+        for number, (group, batch) in enumerate(self._batches(scored)):
+            with torch.no_grad(), self._randomness("evaluate", number):
+                out = self._forward(ForwardKL(tail="bucket"), batch)
+            kl = _by_rollout(out.values, batch)
+            logprob = _by_rollout(out.metrics["student_logprob"], batch)
+            for i, kl_T, logprob_T in zip(group, kl, logprob, strict=True):
+                results[i] = EvalResult(num_tokens=len(kl_T), kl_sum=float(kl_T.sum()), nll_sum=-float(logprob_T.sum()))
+        return [result for result in results if result is not None]
+
+    def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
+        return buckets(named_tensors(self._student.model), bucket_bytes=bucket_bytes)
+
+    def digest(self) -> str:
+        """See ``engine.training.export.digest_of`` for its strength; 25 ms for 450 MB on one core."""
+        return digest_of(named_tensors(self._student.model))
+
+    def save(self, folder: Path) -> None:
+        """Also raises RuntimeError in the middle of a step: summed gradients are not saved."""
+        if self._step.num_micro_batches:
+            raise RuntimeError(f"step {self.version + 1} is half accumulated; save after finish_step")
+        save_student(self._student.model, Path(self._student_config.path), folder / STUDENT)
+        save_trainer(folder / TRAINER, optimizer=self._optimizer.state(), state=TrainerState(version=self.version))
+
+    def load(self, folder: Path) -> None:
+        """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken."""
+        state, saved = load_trainer(folder / TRAINER)
+        self._start_from(folder / STUDENT)
+        try:
+            self._optimizer.load_state(state)
+        except ValueError as error:
+            raise CheckpointError(f"trainer state in {str(folder / TRAINER)!r}: {error}") from error
+        self.version = saved.version
+
+    def stop(self) -> None:
+        self._loaded = None
+
+    def _start_from(self, folder: Path) -> None:
+        torch.set_num_threads(self._config.num_threads)
+        student = load_student(self._student_config, self._config, folder=folder)
+        named = [(name, parameter) for name, parameter in student.model.named_parameters()]
+        self._loaded = (student, StepOptimizer(named, self._config))
+        self._step = _StepSums()
+
+    @property
+    def _student(self) -> Student:
+        return self._both[0]
+
+    @property
+    def _optimizer(self) -> StepOptimizer:
+        return self._both[1]
+
+    @property
+    def _both(self) -> tuple[Student, StepOptimizer]:
+        if self._loaded is None:
+            raise RuntimeError("the trainer holds no model; call start or load first")
+        return self._loaded
+
+    def _batches(self, scored: Sequence[ScoredRollout[Scores]]) -> Iterator[tuple[list[int], StudentBatch]]:
+        student = self._student
+        for group in batches.split(scored, layout=student.layout, budget=self._config.micro_batch_tokens):
+            chosen = [scored[i] for i in group]
+            yield group, batches.make_batch(chosen, layout=student.layout, pad_id=student.pad_id, device=student.device)
+
+    def _forward(self, objective: Objective, batch: StudentBatch) -> Divergence:
+        """Values and metrics without gradient; the caller has switched autograd off."""
+        student, block_rows = self._student, self._config.block_rows
+        if student.head is None:
+            return divergence(objective, student.logits(batch), batch.scores, block_rows=block_rows)
+        head = student.head
+        return linear_divergence(
+            objective, student.hidden(batch), head.weight, batch.scores, head.bias, block_rows=block_rows
+        )
+
+    def _forward_backward(self, batch: StudentBatch) -> Divergence:
+        """Adds the gradient of the sum of the values to the parameters'."""
+        student, block_rows = self._student, self._config.block_rows
+        if student.head is None:
+            out = divergence(self._objective, student.logits(batch), batch.scores, block_rows=block_rows)
+            if self._is_usable(out.values):
+                out.values.sum().backward()  # type: ignore[no-untyped-call]
+            return out
+        hidden, head = student.hidden(batch), student.head
+        hidden_grad = torch.empty_like(hidden)
+        out = linear_divergence_with_gradients(
+            self._objective,
+            hidden,
+            head.weight,
+            batch.scores,
+            head.bias,
+            hidden_grad=hidden_grad,
+            head_grad=head.weight.grad,
+            bias_grad=None if head.bias is None else head.bias.grad,
+            block_rows=block_rows,
+        )
+        if self._is_usable(out.values):
+            hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]
+        return out
+
+    def _is_usable(self, values: Tensor) -> bool:
+        """False: the step will be skipped, so the rest of this backward pass is not worth its time."""
+        if bool(values.isfinite().all()):
+            return True
+        if self._config.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"the loss of {int((~values.isfinite()).sum())} of {len(values)} response tokens is not finite; "
+                "the weights are unchanged"
+            )
+        return False
+
+    @contextmanager
+    def _randomness(self, purpose: str, *parts: int) -> Iterator[None]:
+        """Whatever a model draws inside is a function of seed, version and ``parts``, and nothing outside notices."""
+        device = self._student.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(stream_key(purpose, self._seed, self.version, *parts))
+            yield
+
+
+def _by_rollout(column_T: Tensor, batch: StudentBatch) -> list[Tensor]:
+    return list(torch.split(column_T.double(), list(batch.lengths)))
+
+
+class _StepSums:
+    """What a step has added up so far."""
+
+    def __init__(self) -> None:
+        self.num_micro_batches = self.num_rollouts = self.num_tokens = 0
+        self.loss_sum = 0.0
+        self._metric_sums: dict[str, float] = {}
+
+    def add(self, out: Divergence) -> None:
+        for name, metric in out.metrics.items():
+            self._metric_sums[name] = self._metric_sums.get(name, 0.0) + float(metric.double().sum())
+
+    def means(self) -> dict[str, float]:
+        return {name: total / self.num_tokens for name, total in self._metric_sums.items()}
