@@ -67,11 +67,11 @@ LEARNING_RATE = _gauge("engine_learning_rate", "1", "Of the last step.")
 STALENESS = _histogram(
     "engine_staleness_versions", "versions", "Age of each rollout when its step trained on it.", _VERSIONS
 )
-POLICY_VERSION = _gauge("engine_policy_version", "versions", "Optimizer steps done: the learner's version.")
-LIVE_VERSION = _gauge("engine_live_version", "versions", "The version that every generator holds.")
+POLICY_VERSION = _gauge("engine_policy_version", "version", "Optimizer steps done: the learner's version.")
+LIVE_VERSION = _gauge("engine_live_version", "version", "The version that every generator holds.")
 WEIGHTS_PUSH = _histogram("engine_weights_push_seconds", "seconds", "Bringing a version to the generators.", _LONG_S)
 ROLLOUT = _histogram("engine_rollout_seconds", "seconds", "Sampling one answer, waiting for a slot included.", _LONG_S)
-CHECKPOINT_STEP = _gauge("engine_checkpoint_step", "steps", "Of the newest checkpoint.")
+CHECKPOINT_STEP = _gauge("engine_checkpoint_step", "step", "Of the newest checkpoint.")
 CHECKPOINT = _histogram("engine_checkpoint_seconds", "seconds", "Writing one checkpoint.", _LONG_S)
 HELD_OUT_KL = _gauge("engine_held_out_kl_nats", "nats per token", "Teacher to student, student's held-out answers.")
 REFERENCE_NLL = _gauge("engine_reference_nll_nats", "nats per token", "Of the reference answers under the student.")
@@ -267,7 +267,7 @@ class NodeMetrics:
 
 
 class _WithoutCreated(CollectorRegistry):
-    """The same series without the time of birth that the library gives each: a third of the text, asked for by nobody."""
+    """The same series without the time of birth that the library gives each: a third of the text, of no use."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__()
