@@ -61,8 +61,9 @@ class Actor(ABC):
     async def control(self, message: Control) -> None:
         """Obey one message, called while ``run`` runs, in the order of sending and never behind data.
 
-        The next message waits until this one returns. What it raises is a failure of the actor. Unless overridden,
-        messages are only logged.
+        The next message waits until this one returns; if ``run`` ends first, it is cancelled. What it raises is a
+        failure of the actor. A restarted actor is told to drain again if it was draining; other messages that were
+        handed to the one that failed are gone with it. Unless overridden, messages are only logged.
         """
         log.debug("actor.control_ignored", actor=self.name, message=type(message).__name__)
 
