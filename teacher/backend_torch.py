@@ -77,7 +77,7 @@ class TorchBackend:
         trust_remote_code: bool = False,
     ) -> None:
         self._folder = Path(model)
-        self._device = torch.device(device)
+        self._device_name = device
         self._dtype = _DTYPES[dtype]
         self._num_threads = num_threads
         self._block_rows = block_rows
@@ -86,6 +86,7 @@ class TorchBackend:
         self._padded_tokens = padded_tokens
         self._trust_remote_code = trust_remote_code
         self._forward_passes = self._computed_tokens = self._head_rows = self._peak_block_rows = 0
+        self._device: torch.device
         self._model: PreTrainedModel
         self._head: Head
         self._info: TeacherInfo
@@ -114,6 +115,10 @@ class TorchBackend:
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
+        try:
+            self._device = torch.device(self._device_name)
+        except RuntimeError as error:
+            raise ModelError(f"device {self._device_name!r} is none that torch knows: {_one_line(error)}") from None
         config, tokenizer = self._read_config()
         vocab = tokenizer.get_vocab()
         self._model = self._read_model(config)

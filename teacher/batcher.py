@@ -147,9 +147,14 @@ class Batcher:
         self._busy_s = 0.0
 
     @property
+    def is_started(self) -> bool:
+        """Whether the model is loaded, so that ``info`` is known."""
+        return self._loop_task is not None
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now, if there is room."""
-        return self._loop_task is not None and not self._is_draining
+        return self.is_started and not self._is_draining
 
     @property
     def is_draining(self) -> bool:

@@ -26,15 +26,8 @@ _MAX_SMALL_ANSWER_BYTES = 64 << 10
 _LONGEST_RETRY_AFTER_S = 600.0
 
 
-class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of every answer that is not 2xx."""
-
-    error: str
-    retry_after_s: float | None = None
-
-
 _info_decoder = msgspec.json.Decoder(TeacherInfo)
-_error_decoder = msgspec.json.Decoder(ErrorAnswer)
+_error_decoder = msgspec.json.Decoder(wire.ErrorAnswer)
 
 
 class TeacherClient:
@@ -183,7 +176,7 @@ class TeacherClient:
         try:
             answer = _error_decoder.decode(body)
         except msgspec.MsgspecError:  # a proxy's page, say
-            answer = ErrorAnswer(error=body[:200].decode("utf-8", "replace").strip() or "no reason given")
+            answer = wire.ErrorAnswer(error=body[:200].decode("utf-8", "replace").strip() or "no reason given")
         message = f"teacher {self.url}{path} answered {status}: {answer.error}"
         if status == 429:
             seconds = answer.retry_after_s if answer.retry_after_s is not None else _seconds(retry_after)

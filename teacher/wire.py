@@ -68,6 +68,15 @@ class AnswerHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     id_bytes: IdBytes
 
 
+class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """JSON body of every HTTP answer that is not 2xx."""
+
+    error: str
+    """What is so, what was expected, what to do."""
+    retry_after_s: float | None = None
+    """With status 429; the header of that name is the same in whole seconds."""
+
+
 _encoder = msgspec.msgpack.Encoder()
 _request_header = msgspec.msgpack.Decoder(RequestHeader)
 _answer_header = msgspec.msgpack.Decoder(AnswerHeader)
