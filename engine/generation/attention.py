@@ -1,8 +1,8 @@
 """Attention of a decode step without copying keys and values per query head.
 
-transformers' own function repeats every key and value head for its group of query heads as soon as there is a mask. Over
-16 sequences of 2,048 tokens (3 groups of 3 heads) that makes 74 ms per layer of what takes 5 ms without the copy. Here the
-query heads of a group become query positions of their common key head: the same sums over the same numbers.
+transformers' own function repeats every key and value head for its group of query heads as soon as there is a mask.
+Over 16 sequences of 2,048 tokens (3 groups of 3 heads) that makes 74 ms per layer of what takes 5 ms without the copy.
+Here the query heads of a group become query positions of their common key head: the same sums over the same numbers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How a new version's tensors get into a model that is decoding: copied aside first, exchanged in one go.
 
 Copying 450 MB takes a tenth of a second and the sender may be slower still; the exchange moves pointers and takes well
-under a millisecond, so that is all a decode step waits for, and a version that turns out incomplete has touched nothing.
-The price is a second set of tensors; after an exchange the old ones are the space for the next version.
+under a millisecond. So that is all a decode step waits for, and a version that turns out incomplete has touched
+nothing. The price is a second set of tensors; after an exchange the old ones are the space for the next version.
 """
 
 from __future__ import annotations
