@@ -20,7 +20,7 @@ from engine.messages import Control
 P = ParamSpec("P")
 R = TypeVar("R")
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger()
 
 
 class ActorState(enum.Enum):

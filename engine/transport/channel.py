@@ -375,8 +375,7 @@ class Sender(Generic[T]):
         self._is_closed = True
         core = self._core
         core.open_senders -= 1
-        _dismiss(core.senders, self)
-        core.wake_senders()  # the one in front may have left: the next may be lighter
+        _dismiss(core.senders, self)  # as they leave they wake those behind them, who may be lighter
         core.wake_receivers()
 
     def statistics(self) -> ChannelStatistics:
