@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError, RunDirError
@@ -352,6 +352,7 @@ def test_verify_finds_what_is_wrong(tmp_path: Path) -> None:
     ]
 
 
+@settings(max_examples=50)  # each opens a file or more
 @given(data=st.data())
 def test_any_history_with_any_resumption_trains_each_occurrence_once(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
