@@ -194,15 +194,16 @@ def _stop_ids(folder: Path, config: Any) -> tuple[int, ...]:
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
-    prompts = load_prompts(recipe.data, tokenizer, max_new_tokens=recipe.sampler.max_new_tokens, name="data")
+    prompts = load_prompts(recipe.data, tokenizer, max_reference_tokens=recipe.sampler.max_new_tokens, name="data")
     return _counted(recipe.data.path, prompts), prompts
 
 
 def _held_out(recipe: Recipe, evaluation: EvalConfig, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
     if evaluation.scorer is not None:
         load_scorer(evaluation.scorer)
-    new_tokens = evaluation.max_new_tokens or recipe.sampler.max_new_tokens
-    prompts = load_prompts(evaluation.data, tokenizer, max_new_tokens=new_tokens, name="evaluation.data")
+    # References are scored, not sampled: they need only fit into a micro-batch.
+    room = recipe.learner.micro_batch_tokens - evaluation.data.max_prompt_tokens
+    prompts = load_prompts(evaluation.data, tokenizer, max_reference_tokens=room, name="evaluation.data")
     return _counted(evaluation.data.path, prompts), prompts
 
 

@@ -252,12 +252,12 @@ class PromptSource:
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: Tokenizer, *, max_new_tokens: int, name: str = "data", keep_text: bool = True
+    config: DataConfig, tokenizer: Tokenizer, *, max_reference_tokens: int, name: str = "data", keep_text: bool = True
 ) -> PromptSet:
     """Read, check and tokenize the rows that ``config`` names. Blocks: reads the whole file once.
 
     Args:
-        max_new_tokens: a reference completion, its end-of-sequence id included, must fit into this.
+        max_reference_tokens: a reference completion, its end-of-sequence id included, must fit into this.
         name: which part of the recipe ``config`` is, for errors and log lines: "data" or "evaluation.data".
         keep_text: keep the prompts' texts as well as their tokens.
 
@@ -272,7 +272,7 @@ def load_prompts(
     first = ""
     for block in _blocks(read_rows(config, name=name)):
         num_rows += len(block)
-        complaints = _add_block(prompts, block, config, tokenizer, max_new_tokens, keep_text=keep_text)
+        complaints = _add_block(prompts, block, config, tokenizer, max_reference_tokens, keep_text=keep_text)
         prompts.num_filtered += len(complaints)
         if complaints and not first:
             first = complaints[0]
@@ -338,21 +338,23 @@ def _add_block(
     block: list[RawRow],
     config: DataConfig,
     tokenizer: Tokenizer,
-    max_new_tokens: int,
+    max_reference_tokens: int,
     *,
     keep_text: bool,
 ) -> list[str]:
     """Tokenize a block of rows and add to ``prompts`` what fits; returns what is wrong with the others."""
     complaints = []
     prompt_ids = _tokenize_prompts(block, config, tokenizer, name=prompts.name)
-    reference_ids = _tokenize_references(block, tokenizer)
+    reference_ids = _tokenize_references(block, tokenizer, ends=config.reference_ends)
     for raw, ids, reference in zip(block, prompt_ids, reference_ids, strict=True):
         if not ids:
             raise DataError(f"{raw.where}: {config.prompt_column!r} has no token under this tokenizer")
         if len(ids) > config.max_prompt_tokens:
             complaints.append(f"{raw.where}: {len(ids)} prompt tokens, max_prompt_tokens={config.max_prompt_tokens}")
-        elif reference is not None and len(reference) > max_new_tokens:
-            complaints.append(f"{raw.where}: {len(reference)} reference tokens, max_new_tokens={max_new_tokens}")
+        elif reference is not None and len(reference) > max_reference_tokens:
+            complaints.append(
+                f"{raw.where}: {len(reference)} reference tokens, max_reference_tokens={max_reference_tokens}"
+            )
         else:
             prompts._add(raw.prompt_index, ids, reference, _display(raw.prompt) if keep_text else None)
     return complaints
@@ -368,18 +370,19 @@ def _tokenize_prompts(block: list[RawRow], config: DataConfig, tokenizer: Tokeni
     return [next(templated_ids) if chat else next(plain_ids) for chat in is_chat]
 
 
-def _tokenize_references(block: list[RawRow], tokenizer: Tokenizer) -> list[list[int] | None]:
+def _tokenize_references(block: list[RawRow], tokenizer: Tokenizer, *, ends: bool) -> list[list[int] | None]:
     texts = [raw.reference for raw in block if raw.reference is not None]
     if not texts:
         return [None] * len(block)
     end = tokenizer.eos_token_id
-    if end is None:
+    if ends and end is None:
         raise DataError(
-            f"{block[0].where}: references need an end-of-sequence token and the tokenizer has none; set eos_token in "
-            "tokenizer_config.json"
+            f"{block[0].where}: references end with the end-of-sequence token and the tokenizer has none; set eos_token "
+            "in tokenizer_config.json, or reference_ends=false to take them as they stand"
         )
+    tail = [end] if ends else []
     encoded = iter(_encode(texts, tokenizer, add_special_tokens=False))
-    return [None if raw.reference is None else [*next(encoded), end] for raw in block]
+    return [None if raw.reference is None else [*next(encoded), *tail] for raw in block]
 
 
 def _render(raw: RawRow, tokenizer: Tokenizer, name: str) -> str:

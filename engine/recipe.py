@@ -57,6 +57,8 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """A plain string is wrapped as one user message by the tokenizer's chat template; False: taken as it is."""
     reference_column: str | None = None
     """A column with a completion to train on off-policy."""
+    reference_ends: bool = True
+    """The end-of-sequence id is appended to each completion; False: completions may have been cut off."""
     reference_share: Fraction = 0.0
     """Share of prompt occurrences trained on the reference instead of a sample (λ of GKD is 1 − this)."""
     max_prompt_tokens: Positive = 1024

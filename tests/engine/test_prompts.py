@@ -39,8 +39,8 @@ def config(path: Path, **changes: Any) -> DataConfig:
     return msgspec.convert({"path": str(path), **changes}, DataConfig)
 
 
-def load(path: Path, tokenizer: Tokenizer, *, max_new_tokens: int = 64, **changes: Any) -> PromptSet:
-    return load_prompts(config(path, **changes), tokenizer, max_new_tokens=max_new_tokens, name="data")
+def load(path: Path, tokenizer: Tokenizer, *, max_reference_tokens: int = 64, **changes: Any) -> PromptSet:
+    return load_prompts(config(path, **changes), tokenizer, max_reference_tokens=max_reference_tokens, name="data")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -124,7 +124,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path, tokenizer
 
 def test_texts_need_not_be_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    prompts = load_prompts(config(path), tokenizer, max_new_tokens=8, keep_text=False)
+    prompts = load_prompts(config(path), tokenizer, max_reference_tokens=8, keep_text=False)
     assert prompts.row(0).text == ""
 
 
@@ -236,7 +236,7 @@ def test_rows_that_do_not_fit_stop_the_run_or_are_counted(tmp_path: Path, tokeni
         {"prompt": "ok", "answer": "z"},
     ]
     path = write(tmp_path / "p.jsonl", rows)
-    limits: dict[str, Any] = {"max_prompt_tokens": 60, "max_new_tokens": 40, "reference_column": "answer"}
+    limits: dict[str, Any] = {"max_prompt_tokens": 60, "max_reference_tokens": 40, "reference_column": "answer"}
     with pytest.raises(
         DataError,
         match=r"2 of 4 rows do not fit, the first is .*p.jsonl:2: \d+ prompt tokens, max_prompt_tokens=60; .*"
@@ -259,7 +259,7 @@ def test_the_limit_itself_fits(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "abc", "answer": "xyz"}])
     (row,) = load(path, tokenizer, reference_column="answer")
     assert row.reference_ids is not None
-    exact = {"max_prompt_tokens": len(row.token_ids), "max_new_tokens": len(row.reference_ids)}
+    exact = {"max_prompt_tokens": len(row.token_ids), "max_reference_tokens": len(row.reference_ids)}
     assert len(load(path, tokenizer, reference_column="answer", **exact)) == 1
     for name in exact:
         with pytest.raises(DataError, match="do not fit"):
@@ -281,8 +281,9 @@ def test_a_tokenizer_that_lacks_what_the_recipe_asks_is_named(tmp_path: Path, fo
         load(path, plain)
     assert len(load(path, plain, chat=False)) == 1
     plain.eos_token = None
-    with pytest.raises(DataError, match="references need an end-of-sequence token"):
+    with pytest.raises(DataError, match="references end with the end-of-sequence token"):
         load(path, plain, chat=False, reference_column="answer")
+    assert load(path, plain, chat=False, reference_column="answer", reference_ends=False).num_references == 1
     strict = cast(Any, load_tokenizer(str(folder)))
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(
