@@ -213,8 +213,7 @@ def measure(load: Load, makers: dict[str, Callable[[int], Pipe]], *, num_items: 
 
 def _cpu_us(load: Load, make: Callable[[int], Pipe], num_items: int) -> float:
     async def timed() -> float:
-        gc.collect()
-        gc.disable()
+        gc.disable()  # a collection would charge one rival for the garbage of all
         try:
             started_ns = time.process_time_ns()
             await load.run(make, num_items)
@@ -236,7 +235,7 @@ def main() -> int:
     for load in LOADS:
         for name, cost in measure(load, rivals(), num_items=options.items, repeats=options.repeats).items():
             lines.append(f"{load.name:<12}{name:<18}{cost.hop_us:>12.3f}{cost.ratio:>9.2f}")
-            is_within &= name != "ours" or cost.ratio <= LIMIT
+            is_within &= not name.startswith("ours") or cost.ratio <= LIMIT
     lines.append(f"limit for ours: {LIMIT:.1f} x bare: {'held' if is_within else 'EXCEEDED'}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0 if is_within else 1
