@@ -169,9 +169,9 @@ class ReplicaPool:
             TeacherRefused: no replica answers, and one of them refuses (a wrong token).
             TeacherUnavailable: no replica answers, or the pool is closed.
         """
+        self._require_open()
         if self._known is not None:
             return self._known
-        self._require_open()
         found = await asyncio.gather(*(self._try_info(replica) for replica in self._replicas))
         known: tuple[str, TeacherInfo] | None = None
         for replica, info in zip(self._replicas, found, strict=True):
@@ -224,8 +224,7 @@ class ReplicaPool:
             with scope:
                 return await self._score(ask)
         except Interrupted:
-            self._require_open()
-            raise
+            raise self._why_ended() from self._crash
         finally:
             self._open.discard(scope)
             if self._all_ended is not None and not self._open and not self._all_ended.done():
@@ -583,10 +582,13 @@ class ReplicaPool:
                 scope.interrupt(_CLOSED)
 
     def _require_open(self) -> None:
+        if self._is_closed or self._crash is not None:
+            raise self._why_ended() from self._crash
+
+    def _why_ended(self) -> Exception:
         if self._crash is not None:
-            raise RuntimeError(f"the teacher pool's own task failed: {self._crash!r}") from self._crash
-        if self._is_closed:
-            raise TeacherUnavailable("the teacher pool is closed; it gives no more scores")
+            return RuntimeError(f"the teacher pool's own task failed: {self._crash!r}")
+        return TeacherUnavailable("the teacher pool is closed; it gives no more scores")
 
 
 class _Race:
@@ -621,7 +623,8 @@ def connect(config: HttpTeacher, *, clock: Clock | None = None, rng: random.Rand
             for url in config.urls
         }
     except UserError as error:
-        raise RecipeError(f"teacher: {error}") from None
+        # The message names the file or the URL.
+        raise RecipeError(f"teacher.token_file or teacher.urls: {error}") from None
     return ReplicaPool(replicas=clients, config=config, clock=clock or SystemClock(), rng=rng or random.Random())
 
 
