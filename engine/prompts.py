@@ -67,7 +67,7 @@ class PromptRow(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     """As the student sees them: chat template and special tokens included."""
     reference_ids: tuple[int, ...] | None
-    """The reference completion with the end-of-sequence id behind it; None when the row has none."""
+    """The reference completion, with the end-of-sequence id behind it if ``reference_ends``; None: the row has none."""
     text: str
     """The prompt for people: the string, or the messages one after the other. Empty unless texts were kept."""
 
@@ -140,7 +140,7 @@ class PromptSet:
         return PromptRow(
             prompt_index=self._indices[position],
             token_ids=_slice(self._tokens, self._ends, position),
-            reference_ids=reference or None,  # a reference has at least its end-of-sequence id
+            reference_ids=reference or None,  # one without a token is none
             text="" if self._texts is None else self._texts[position],
         )
 

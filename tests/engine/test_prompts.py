@@ -104,6 +104,13 @@ def test_a_reference_ends_with_the_end_of_sequence(tmp_path: Path, tokenizer: To
     assert prompts.num_references == 1
 
 
+def test_a_reference_that_was_cut_off_does_not_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": "Because of"}])
+    (row,) = load(path, tokenizer, reference_column="answer", reference_ends=False)
+    assert row.reference_ids is not None
+    assert tokenizer.decode(row.reference_ids, skip_special_tokens=False) == "Because of"
+
+
 @KINDS
 def test_only_the_rows_asked_for_are_read(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
     path = write(tmp_path / f"p.{kind}", [{"prompt": f"row {n}"} for n in range(1300)])
