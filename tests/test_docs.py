@@ -134,13 +134,17 @@ def check_options(module: str, words: list[str]) -> None:
             assert (ROOT / word).is_file()
 
 
-@functools.cache
 def options_of(module: str) -> frozenset[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = help_of(module)
     assert done.returncode == 0, done.stderr
     return frozenset(re.findall(r"--[a-z][a-z-]*", done.stdout))
+
+
+@functools.cache
+def help_of(module: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def without_make() -> dict[str, str]:

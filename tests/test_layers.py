@@ -152,7 +152,9 @@ def _walk(node: ast.AST, modules: frozenset[str], *, lazy: bool) -> Iterator[Imp
             base = "." * child.level + (child.module or "")
             for alias in child.names:
                 full = f"{base}.{alias.name}"
-                yield Import(target=full if full in modules else base, line=child.lineno, lazy=lazy)
+                # A door may hold a function of the same name as the module that defines it: the function is meant.
+                is_module = full in modules and base not in DOORS
+                yield Import(target=full if is_module else base, line=child.lineno, lazy=lazy)
         else:
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(child)
             yield from _walk(child, modules, lazy=lazy or inside)
@@ -300,6 +302,7 @@ def test_the_judge_finds_a_planted_fault(module: str, source: str, fault: str) -
         ("engine.generation.vllm", "def f():\n    from vllm import SamplingParams"),
         ("engine.generation.vllm", "if TYPE_CHECKING:\n    import vllm"),
         ("engine.actors.sampler", "from engine.transport.channel import Sender\nimport torch"),
+        ("engine.training.hf", "from ops import divergence"),
         ("teacher.server", "from engine.errors import UserError\nfrom teacher.protocol import Scores"),
     ],
 )
