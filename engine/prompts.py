@@ -377,8 +377,8 @@ def _tokenize_references(block: list[RawRow], tokenizer: Tokenizer, *, ends: boo
     end = tokenizer.eos_token_id
     if ends and end is None:
         raise DataError(
-            f"{block[0].where}: references end with the end-of-sequence token and the tokenizer has none; set eos_token "
-            "in tokenizer_config.json, or reference_ends=false to take them as they stand"
+            f"{block[0].where}: references end with the end-of-sequence token and the tokenizer has none; set "
+            "eos_token in tokenizer_config.json, or reference_ends=false to take them as they stand"
         )
     tail = [end] if ends else []
     encoded = iter(_encode(texts, tokenizer, add_special_tokens=False))
