@@ -85,7 +85,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Since the first rollout was dispatched; in the order in which data flows."""
     bottleneck: str | None = None
     """The actor that worked the largest share of the time: the others wait for it."""
-    ledger: dict[str, int] = {}
+    ledger: dict[str, int] = msgspec.field(default_factory=dict)
     """Rollouts of the whole run in each state."""
     rollouts_trained: int = 0
     rollouts_per_s: float | None = None
@@ -100,7 +100,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_s: float = 0.0
     checkpoint_s: float = 0.0
     loop_lag_max_s: float = 0.0
-    faults: Faults = Faults()
+    faults: Faults = msgspec.field(default_factory=Faults)
     checkpoint: str | None = None
     """Folder of the newest checkpoint."""
     student: str | None = None
