@@ -53,8 +53,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# One process each, one after the other: they would disturb each other. All are run; one that misses its number fails.
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -s --override-ini python_files='bench_*.py' tests/bench $(ARGS)
+	@status=0; for file in tests/bench/bench_*.py; do name=$$(basename "$$file" .py); echo "== $$name"; \
+		$(BIN)/python -m "tests.bench.$$name" $(ARGS) || status=1; done; exit $$status
 
 # Stamps: an environment is made again where pyproject.toml is newer than it.
 $(VENV)/.torch:
