@@ -49,6 +49,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     actors: tuple[Actor, ...]
     """In the order in which they start."""
     restarts: dict[str, RestartPolicy | None]
+    wiring: tuple[dict[str, str | None], ...]
+    """Name of each actor and of the channels that it consumes and produces, in the order of the flow."""
     senders: dict[str, Sender[Any]]
     """One end of every channel, for its statistics."""
 
@@ -190,6 +192,9 @@ def build(graph: Graph, parts: Parts) -> Built:
     return Built(
         actors=actors,
         restarts={spec.name: spec.restart for spec in graph.actors},
+        wiring=tuple(
+            {"name": spec.name, "consumes": spec.consumes, "produces": spec.produces} for spec in graph.actors
+        ),
         senders={name: sender for name, (sender, _) in ends.items() if name is not None},
     )
 

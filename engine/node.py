@@ -74,6 +74,7 @@ class Node:
                     step=parts.schedule.version,
                     out=str(parts.run_dir.path),
                 )
+                log.info("run.graph", actors=self._built.wiring)
                 ticker = asyncio.get_running_loop().create_task(self._tick())
                 try:
                     with span("run.start"):

@@ -28,7 +28,7 @@ from engine.clock import SystemClock
 from engine.errors import ActorFailed, EngineError, UserError
 from engine.graph import Graph
 from engine.load_recipe import load_recipe
-from engine.metrics import NodeMetrics
+from engine.metrics import NodeMetrics, StepLog
 from engine.monitor.summary import summarise
 from engine.monitor.terminal import Terminal
 from engine.node import Node
@@ -78,6 +78,7 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         tracing.open(run_dir.path, run=recipe.name, node="0")
         metrics = NodeMetrics()
         tracing.subscribe("metrics", metrics.apply)
+        tracing.subscribe("metrics.jsonl", StepLog(run_dir.metrics).apply)
         if parts.schedule.version:
             log.info("run.resumed", step=parts.schedule.version)
         with Terminal(tracing, live=sys.stderr.isatty() and not options.json) as terminal:

@@ -3,6 +3,7 @@
 recipe.json         the resolved recipe
 events.jsonl        one line per fact (docs/events.md)
 ledger.sqlite       every prompt occurrence and what became of it (engine/ledger.py)
+metrics.jsonl       one line per optimizer step
 evaluations.jsonl   held-out measurements
 node.json           process id, host and port of the running node
 summary.json        what the end of the run said
@@ -33,6 +34,7 @@ class RunDir:
         self.recipe = path / "recipe.json"
         self.events = path / "events.jsonl"
         self.ledger = path / "ledger.sqlite"
+        self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
         self.node = path / "node.json"
         self.summary = path / "summary.json"

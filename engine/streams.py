@@ -20,4 +20,5 @@ def stream_key(purpose: str, *parts: int) -> int:
 
 def uniform(key: int) -> float:
     """The first draw of a stream: uniform in [0, 1)."""
-    return stream_key("uniform", key) / 2.0**64
+    # 53 bits, so that the largest key does not round up to 1.
+    return (stream_key("uniform", key) >> 11) * 2.0**-53

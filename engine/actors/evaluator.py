@@ -93,6 +93,7 @@ class Evaluator:
 
     async def evaluate(self, version: int) -> None:
         """Measure version ``version``, which must be live and stay so until this returns; log and append the result."""
+        log.info("eval.started", version=version, num_prompts=len(self._held_out))
         with span("eval.run", version=version) as facts:
             answers = await self._answer(version)
             results = await self._measure(await self._score(answers))
