@@ -131,6 +131,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
     )
     try:
         store = CheckpointStore(run_dir.checkpoints, keep=recipe.checkpoint.keep)
+        store.recover()
         checkpoint = store.latest() if resume else None
         schedule = _schedule(recipe, inputs.prompts, ledger, checkpoint)
     except BaseException:

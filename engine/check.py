@@ -194,7 +194,7 @@ def _stop_ids(folder: Path, config: Any) -> tuple[int, ...]:
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
-    prompts = load_prompts(recipe.data, tokenizer, max_reference_tokens=recipe.sampler.max_new_tokens, name="data")
+    prompts = load_prompts(recipe.data, tokenizer, max_reference_tokens=recipe.sampler.max_new_tokens, keep_text=False)
     return _counted(recipe.data.path, prompts), prompts
 
 

@@ -6,18 +6,30 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
+from engine.run import main
 from tests.e2e.runs import World, free_port, run, teacher_process
 from tests.support.models import tiny_model, write_jsonl
 
 
-def refuse(recipe: Path, *arguments: str, code: int = 2) -> str:
-    """The message of a run that must not start."""
-    finished = run(recipe, *arguments, expect=code)
-    assert "Traceback" not in finished.stderr
-    return finished.stderr + finished.stdout
+class Refuse(Protocol):
+    def __call__(self, recipe: Path, *arguments: str) -> str: ...
+
+
+@pytest.fixture
+def refuse(capfd: pytest.CaptureFixture[str]) -> Refuse:
+    """The message of a run that must not start. In this process: what is refused has started nothing."""
+
+    def refuse(recipe: Path, *arguments: str) -> str:
+        assert main([str(recipe), *arguments]) == 2
+        stdout, stderr = capfd.readouterr()
+        assert "Traceback" not in stderr
+        return stderr + stdout
+
+    return refuse
 
 
 @pytest.mark.parametrize(
@@ -30,14 +42,14 @@ def refuse(recipe: Path, *arguments: str, code: int = 2) -> str:
         ("def recipe():\n    return 7\n", "recipe() returned int, expected a Recipe"),
     ],
 )
-def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, message: str, refuse: Refuse) -> None:
     path = tmp_path / "r.py"
     path.write_text(text)
 
     assert message in refuse(path, "--check")
 
 
-def test_a_missing_recipe_file(tmp_path: Path) -> None:
+def test_a_missing_recipe_file(tmp_path: Path, refuse: Refuse) -> None:
     assert "is not a file" in refuse(tmp_path / "none.py")
 
 
@@ -61,11 +73,11 @@ def test_a_missing_recipe_file(tmp_path: Path) -> None:
         ("node.host=0.0.0.0", "node.token_file is not set"),
     ],
 )
-def test_a_wrong_value_is_named(world: World, tmp_path: Path, assignment: str, message: str) -> None:
+def test_a_wrong_value_is_named(world: World, tmp_path: Path, assignment: str, message: str, refuse: Refuse) -> None:
     assert message in refuse(world.recipe(tmp_path / "r.py"), "--set", assignment, "--check")
 
 
-def test_all_mistakes_are_told_at_once(world: World, tmp_path: Path) -> None:
+def test_all_mistakes_are_told_at_once(world: World, tmp_path: Path, refuse: Refuse) -> None:
     text = refuse(
         world.recipe(tmp_path / "r.py"), "--check", "--set", "data.path=nowhere.jsonl", "--set", "teacher.model=nowhere"
     )
@@ -74,7 +86,7 @@ def test_all_mistakes_are_told_at_once(world: World, tmp_path: Path) -> None:
     assert "WRONG teacher" in text
 
 
-def test_a_malformed_line_of_the_prompt_file_is_named(world: World, tmp_path: Path) -> None:
+def test_a_malformed_line_of_the_prompt_file_is_named(world: World, tmp_path: Path, refuse: Refuse) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
 
@@ -83,27 +95,27 @@ def test_a_malformed_line_of_the_prompt_file_is_named(world: World, tmp_path: Pa
     assert "2" in text
 
 
-def test_an_empty_prompt_file(world: World, tmp_path: Path) -> None:
+def test_an_empty_prompt_file(world: World, tmp_path: Path, refuse: Refuse) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("")
 
     assert "p.jsonl" in refuse(world.recipe(tmp_path / "r.py"), "--set", f"data.path={path}")
 
 
-def test_a_teacher_with_another_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
+def test_a_teacher_with_another_tokenizer_is_refused(world: World, tmp_path: Path, refuse: Refuse) -> None:
     tiny_model(tmp_path / "stranger", hidden=32, layers=1, vocab=300, seed=5)
 
     text = refuse(world.recipe(tmp_path / "r.py"), "--set", f"teacher.model={tmp_path / 'stranger'}")
     assert "token ids mean different things" in text
 
 
-def test_a_teacher_that_is_not_there(world: World, tmp_path: Path) -> None:
+def test_a_teacher_that_is_not_there(world: World, tmp_path: Path, refuse: Refuse) -> None:
     recipe = world.recipe(tmp_path / "r.py", urls=(f"http://127.0.0.1:{free_port()}",))
 
     assert "no teacher at" in refuse(recipe, "--check")
 
 
-def test_a_wrong_token_is_told_from_a_missing_teacher(world: World, tmp_path: Path) -> None:
+def test_a_wrong_token_is_told_from_a_missing_teacher(world: World, tmp_path: Path, refuse: Refuse) -> None:
     port = free_port()
     (tmp_path / "right").write_text("sesame-0123456789abcdef\n")
     (tmp_path / "wrong").write_text("mustard-0123456789abcdef\n")
@@ -114,7 +126,7 @@ def test_a_wrong_token_is_told_from_a_missing_teacher(world: World, tmp_path: Pa
         run(recipe, "--check", "--set", f"teacher.token_file={tmp_path / 'right'}")
 
 
-def test_a_port_in_use(world: World, tmp_path: Path) -> None:
+def test_a_port_in_use(world: World, tmp_path: Path, refuse: Refuse) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -124,13 +136,15 @@ def test_a_port_in_use(world: World, tmp_path: Path) -> None:
     assert f"node.port={port} cannot be listened on" in text
 
 
-def test_a_folder_that_is_a_file(world: World, tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file(world: World, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "o").write_text("")
 
     assert "is a file" in refuse(world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o" / "run"))
 
 
-def test_a_folder_with_another_run_and_a_resume_that_changes_the_run(world: World, tmp_path: Path) -> None:
+def test_a_folder_with_another_run_and_a_resume_that_changes_the_run(
+    world: World, tmp_path: Path, refuse: Refuse
+) -> None:
     recipe, out = world.recipe(tmp_path / "r.py"), str(tmp_path / "o")
     run(recipe, "--out", out, "--set", "steps=1", "--json")
 
@@ -138,7 +152,9 @@ def test_a_folder_with_another_run_and_a_resume_that_changes_the_run(world: Worl
     assert "was started with seed=7" in refuse(recipe, "--out", out, "--resume", "--set", "seed=8")
 
 
-def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(world: World, tmp_path: Path) -> None:
+def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
+    world: World, tmp_path: Path, refuse: Refuse
+) -> None:
     recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
     run(recipe, "--out", str(out), "--set", "steps=4", "--json")
     _flip_a_bit(out / "checkpoints" / "step_000004" / "student" / "model.safetensors")
@@ -189,7 +205,7 @@ def test_show_and_check_start_nothing(world: World, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Path, refuse: Refuse) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}] * 8 + [{"prompt": "word " * 200}])
     recipe = world.recipe(tmp_path / "r.py")
     arguments = ("--check", "--set", f"data.path={path}", "--set", "data.num_rows=null")
