@@ -37,10 +37,11 @@ def solve_block(
     largest = logits.topk(min(max(num_top, 1), logits.shape[1]), dim=1).values.double()
     top = largest[:, :1]
     # A tail of which nothing is left (or only −inf) keeps its −inf: exp(−inf − 0) is 0 as it should be, not NaN.
-    shift = top.masked_fill(top == -torch.inf, 0.0)
+    # In the dtype of the logits: a float64 operand would make torch work on a float64 copy of the block.
+    shift = top.masked_fill(top == -torch.inf, 0.0).to(logits.dtype)
     logits.sub_(shift).exp_()
     tail_sum = logits.sum(dim=1, dtype=logits.dtype).double()
-    coarse = coarsen(support_logits, tail_sum.log() + shift.squeeze(1), support.logprobs)
+    coarse = coarsen(support_logits, tail_sum.log() + shift.double().squeeze(1), support.logprobs)
 
     values, gradient = solve(objective, coarse)
     if want_gradient:

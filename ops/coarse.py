@@ -11,13 +11,15 @@ Conventions, shared with ``ops.reference``:
 
 - A column of S where the student's logit is −inf is not part of the student's vocabulary: the teacher's mass there
   counts as tail.
-- The teacher's tail 1 − P is at least ``TAIL_FLOOR``, and p is scaled to sum to 1: rounded log-probabilities may sum to
-  more than 1. Where the student has no tail at all (S is its whole vocabulary), the teacher has none either.
+- The teacher's tail is max(1 − P, 0), and p is scaled to sum to 1: rounded log-probabilities may sum to more than 1.
+  Where its logarithm is needed (ReverseKL), it is taken of at least ``TAIL_FLOOR``. Where the student has no tail at
+  all (S is its whole vocabulary), the teacher has none either.
 - A row without any named column has value 0 and gradient 0.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +57,17 @@ def coarsen(support_logits: Tensor, tail_lse: Tensor, teacher_logprobs: Tensor) 
     log_p_S = teacher_logprobs.masked_fill(~present, -torch.inf)
     has_tail = tail_lse != -torch.inf
     mass = log_p_S.exp().sum(dim=1)
-    tail_p = torch.where(has_tail, (1.0 - mass).clamp(min=TAIL_FLOOR), 0.0)
+    tail_p = torch.where(has_tail, (1.0 - mass).clamp(min=0.0), 0.0)
     log_total = _finite((mass + tail_p).log())
     log_p = torch.cat((log_p_S, tail_p.log().unsqueeze(1)), dim=1) - log_total.unsqueeze(1)
 
     u = torch.cat((support_logits.masked_fill(~present, -torch.inf), tail_lse.unsqueeze(1)), dim=1)
-    student_lse = _finite(u.logsumexp(dim=1))
-    return Coarse(log_q=u - student_lse.unsqueeze(1), log_p=log_p, raw_log_p=log_p_S, student_lse=student_lse)
+    # The largest is taken off first: u − lse with both near 10⁴ would lose four digits of a log q near 0.
+    largest = _finite(u.amax(dim=1, keepdim=True))
+    log_sum = _finite((u - largest).exp().sum(dim=1, keepdim=True).log())
+    return Coarse(
+        log_q=u - largest - log_sum, log_p=log_p, raw_log_p=log_p_S, student_lse=(largest + log_sum).squeeze(1)
+    )
 
 
 def solve(objective: Objective, coarse: Coarse) -> tuple[Tensor, Tensor]:
@@ -72,11 +78,12 @@ def solve(objective: Objective, coarse: Coarse) -> tuple[Tensor, Tensor]:
     if objective.tail == "renormalise":
         log_p, log_q = _on_support(log_p), _on_support(log_q)
     p, q = log_p.exp(), log_q.exp()
-    ratio = _difference(log_p, log_q)
     if isinstance(objective, ForwardKL):
-        return _excess(p, q, ratio).sum(dim=1), q - p
-    value = _excess(q, p, -ratio).sum(dim=1)
-    return value, q * (-ratio - value.unsqueeze(1))
+        return _excess(p, q, _difference(log_p, log_q)).sum(dim=1), q - p
+    ratio = _difference(log_q, _with_tail_floor(log_p, log_q))
+    # The mean of the ratio is the value too, but only this one makes the gradient's sum vanish to the last digit.
+    mean = (q * ratio).sum(dim=1, keepdim=True) / q.sum(dim=1, keepdim=True).clamp(min=0.5)
+    return _excess(q, p, ratio).sum(dim=1), q * (ratio - mean)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -105,9 +112,10 @@ def _excess(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
     Both sides of a divergence sum to 1, so − a + b adds up to nothing; with it every term is ≥ 0 and small terms keep
     their digits, where Σ a·log(a/b) cancels and may end below 0.
     """
+    log_ratio = torch.where(a == 0.0, 0.0, log_ratio)  # a·log a is 0 at a = 0, also where log a is −inf
     close = a * (log_ratio + torch.expm1(-log_ratio.clamp(-1.0, 1.0)))
     apart = a * log_ratio - a + b
-    return torch.where(log_ratio.abs() < 1.0, close, apart).clamp(min=0.0)
+    return torch.where((log_ratio.abs() < 1.0) & (a != 0.0), close, apart).clamp(min=0.0)
 
 
 def _difference(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -121,6 +129,12 @@ def _on_support(log_p: Tensor) -> Tensor:
     log_p_S = log_p[:, :-1]
     conditioned = log_p_S - _finite(log_p_S.logsumexp(dim=1)).unsqueeze(1)
     return torch.nn.functional.pad(conditioned, (0, 1), value=-torch.inf)
+
+
+def _with_tail_floor(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The teacher's tail no smaller than the floor where the student has a tail."""
+    tail = torch.where(log_q[:, -1:] == -torch.inf, log_p[:, -1:], log_p[:, -1:].clamp(min=math.log(TAIL_FLOOR)))
+    return torch.cat((log_p[:, :-1], tail), dim=1)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -43,9 +43,13 @@ def _row(objective: Objective, z: Tensor, scores: TeacherScores, t: int) -> Tens
     if not rest:
         return _kl(objective, log_P_S.log_softmax(0), log_Q_S)
     log_Q_tail = z[torch.tensor(rest)].logsumexp(0) - present.logsumexp(0)
-    P_tail = (1.0 - log_P_S.exp().sum()).clamp(min=TAIL_FLOOR)
-    log_P = torch.cat((log_P_S, P_tail.log().unsqueeze(0)))
-    return _kl(objective, log_P - log_P.logsumexp(0), torch.cat((log_Q_S, log_Q_tail.unsqueeze(0))))
+    P_S = log_P_S.exp().sum()
+    total = P_S + (1.0 - P_S).clamp(min=0.0)
+    P_tail = 1.0 - P_S / total
+    if isinstance(objective, ForwardKL) and P_tail == 0.0:
+        return _kl(objective, log_P_S - total.log(), log_Q_S)
+    log_P = torch.cat((log_P_S - total.log(), P_tail.clamp(min=TAIL_FLOOR).log().unsqueeze(0)))
+    return _kl(objective, log_P, torch.cat((log_Q_S, log_Q_tail.unsqueeze(0))))
 
 
 def _kl(objective: Objective, log_P: Tensor, log_Q: Tensor) -> Tensor:
