@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -218,21 +218,19 @@ def _student(view: RunView, run_dir: RunDir) -> Path | None:
     return found[-1] if found else None
 
 
-def render_summary(summary: Summary, *, width: int) -> RenderableType:
-    """For people, at most ``width`` columns (60 at least)."""
+def print_summary(summary: Summary, console: Console) -> None:
+    """For people, in the width of ``console`` (60 columns at least)."""
+    width = max(60, console.width)
     parts: list[RenderableType] = [Text(), _headline(summary), Text(), _facts(summary)]
     if summary.answers:
         parts += [Text(), _answer_table(summary.answers, width)]
     if summary.actors:
         parts += [Text(), _actor_table(summary, width)]
-    if summary.student is not None:
-        parts += [
-            Text(),
-            Text("load the student with transformers", style=STYLE_LABEL),
-            # Never wrapped: it is there to be copied.
-            Text(f"  {summary.load}", style=STYLE_LOUD, no_wrap=True, overflow="ignore"),
-        ]
-    return Group(*parts)
+    console.print(Group(*parts))
+    if summary.load is not None:
+        console.print(Text("\nload the student with transformers", style=STYLE_LABEL))
+        # Soft: a terminal may fold it, but no newline gets into what is there to be copied.
+        console.print(Text(f"  {summary.load}", style=STYLE_LOUD), soft_wrap=True)
 
 
 def _headline(summary: Summary) -> Text:
@@ -258,7 +256,11 @@ def _facts(summary: Summary) -> Table:
         table.add_row("score", _change(summary.score, ""))
     if summary.loss_first is not None:
         table.add_row("training loss", f"{number(summary.loss_first)} → {number(summary.loss_last)} nats/token")
-    table.add_row("trained", _throughput(summary))
+    table.add_row("trained", f"{summary.rollouts_trained:,} rollouts, {summary.tokens_trained:,} tokens")
+    if summary.rollouts_per_s is not None and summary.tokens_per_s is not None:
+        table.add_row(
+            "throughput", f"{summary.rollouts_per_s:.2f} rollouts/s, {summary.tokens_per_s:.0f} trained tokens/s"
+        )
     if summary.staleness_mean is not None:
         table.add_row(
             "staleness",
@@ -268,13 +270,6 @@ def _facts(summary: Summary) -> Table:
     table.add_row("faults", _faults(summary.faults))
     table.add_row("checkpoint", summary.checkpoint or Text("none", style="yellow"))
     return table
-
-
-def _throughput(summary: Summary) -> str:
-    text = f"{summary.rollouts_trained:,} rollouts, {summary.tokens_trained:,} tokens"
-    if summary.rollouts_per_s is not None and summary.tokens_per_s is not None:
-        text += f" ({summary.rollouts_per_s:.2f} rollouts/s, {summary.tokens_per_s:.0f} tokens/s)"
-    return text
 
 
 def _change(value: HeldOut, unit: str) -> Text:
@@ -302,6 +297,8 @@ def _answer_table(answers: tuple[AnswerRow, ...], width: int) -> RenderableType:
     has_teacher = any(row.teacher for row in answers)
     parts: list[RenderableType] = [Text("held-out answers", style=STYLE_LABEL)]
     for row in answers:
+        if row is not answers[0]:
+            parts.append(Text())
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style=STYLE_QUIET, no_wrap=True)
         grid.add_column(max_width=max(30, min(width, 120) - 12))

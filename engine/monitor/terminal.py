@@ -19,7 +19,7 @@ from rich.text import Text
 
 from engine.monitor.picture import Picture
 from engine.monitor.sentences import step_line
-from engine.monitor.summary import Summary, render_summary
+from engine.monitor.summary import Summary, print_summary
 from engine.monitor.view import Notice, RunView
 from engine.tracing import Event, Tracing, log
 
@@ -69,8 +69,7 @@ class Terminal:
 
     def show(self, summary: Summary) -> None:
         """Print the end of the run to stdout."""
-        console = Console()
-        console.print(render_summary(summary, width=console.width))
+        print_summary(summary, Console())
 
     def _watch(self) -> None:
         """Take in what has been put aside, twice a second, and once more at the end.

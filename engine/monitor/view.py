@@ -173,7 +173,7 @@ class RunView:
     def apply(self, event: Event) -> Notice | None:
         """Take in one line; the notice that it gave rise to, if any. A line of an unknown name is no error."""
         at = datetime.fromisoformat(event["t"])
-        self.now = at.timestamp()
+        self.now = max(self.now, at.timestamp())  # lines of different threads may come in the wrong order
         if event.get("kind") == "span":
             self._work(event)
         handler = _HANDLERS.get(event["event"])
