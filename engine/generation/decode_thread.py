@@ -97,7 +97,8 @@ class DecodeThread(threading.Thread):
     Args:
         load: makes the decoder; called first, in this thread.
         post: hands a function and its arguments to the event loop; raises RuntimeError when the loop is closed.
-        num_threads: CPU threads of every operation in this thread (torch keeps that number per thread).
+        num_threads: CPU threads of every operation in this thread. torch keeps that number per thread; a thread that
+            has not computed yet inherits what was set last anywhere, so every thread that computes sets its own.
     """
 
     def __init__(

@@ -15,7 +15,17 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.errors import GeneratorDied
-from engine.generation.decode_thread import Abort, DecodeThread, Loaded, Stop, Submission, Submit, Switch, Withdraw
+from engine.generation.decode_thread import (
+    Abort,
+    Counts,
+    DecodeThread,
+    Loaded,
+    Stop,
+    Submission,
+    Submit,
+    Switch,
+    Withdraw,
+)
 from engine.generation.decoder import Decoder
 from engine.generation.model import DTYPES, load_decodable
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
@@ -54,6 +64,8 @@ class HFGenerator:
         self._loaded: asyncio.Future[Loaded] | None = None
         self._exited: asyncio.Future[None] | None = None
         self._death: BaseException | None = None
+        self._counts = Counts()
+        """Of the last life, after its end."""
         self._open: dict[int, _Open] = {}
         self._ticket_of: dict[int, int] = {}
         self._next_ticket = 0
@@ -72,7 +84,12 @@ class HFGenerator:
         self._death = None
         self._version = self._first_version
         self._loaded, self._exited = loop.create_future(), loop.create_future()
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._copier = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="weights",
+            initializer=torch.set_num_threads,
+            initargs=(self._config.num_threads,),
+        )
         self._thread = DecodeThread(
             load=self._load, listener=self, post=loop.call_soon_threadsafe, num_threads=self._config.num_threads
         )
@@ -118,17 +135,16 @@ class HFGenerator:
 
     def statistics(self) -> GeneratorStatistics:
         """``waiting`` counts every open request that is not in a slot."""
-        counts = self._thread.counts if self._thread is not None else None
-        running = counts.running if counts else 0
+        counts = self._counts if self._thread is None else self._thread.counts
         return GeneratorStatistics(
             version=self._version,
-            running=running,
-            waiting=max(0, len(self._open) - running),
+            running=counts.running,
+            waiting=max(0, len(self._open) - counts.running),
             num_slots=self._config.num_slots,
-            tokens_total=counts.tokens_total if counts else 0,
-            decode_steps_total=counts.decode_steps_total if counts else 0,
-            prefill_tokens_total=counts.prefill_tokens_total if counts else 0,
-            busy_s=counts.busy_s if counts else 0.0,
+            tokens_total=counts.tokens_total,
+            decode_steps_total=counts.decode_steps_total,
+            prefill_tokens_total=counts.prefill_tokens_total,
+            busy_s=counts.busy_s,
         )
 
     async def stop(self) -> None:
@@ -142,6 +158,8 @@ class HFGenerator:
         thread.inbox.put(Stop())
         await asyncio.shield(exited)
         thread.join()
+        self._counts = thread.counts._replace(running=0)
+        self._loaded = None
         # Idle, or about to see that its copy is no longer wanted.
         copier.shutdown(wait=False)
 
