@@ -122,7 +122,7 @@ def _head(view: RunView, now: float, width: int, glyphs: Glyphs) -> list[Text]:
     left.append(view.run or "run", style=STYLE_LOUD)
     left.append(f"   step {view.step}{steps}   version {view.live_version} is live   ")
     left.append(view.phase, style=_PHASE_STYLES.get(view.phase, STYLE_WORKED))
-    elapsed_s = view.elapsed_s if view.ended or view.started_at is None else now - view.started_at
+    elapsed_s = view.elapsed_s if view.ended or view.started_at is None else max(0.0, now - view.started_at)
     remaining_s = view.remaining_s(now)
     right = f"{clock(elapsed_s)} elapsed" + (f"  {clock(remaining_s)} left" if remaining_s is not None else "")
     left.append(" " * max(1, width - left.cell_len - len(right)) + right)

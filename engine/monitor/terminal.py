@@ -28,6 +28,19 @@ _JOIN_S = 5.0
 """A terminal that takes nothing for this long at the end is left to itself."""
 
 
+class RunConsole(Console):
+    """A console whose reader may leave: rich would end the process with code 1 and point stdout elsewhere; a run goes
+    on without it."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled: lets it go on.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        raise
+
+
 class Terminal:
     """Shows the run between ``with`` and its end.
 
@@ -40,7 +53,7 @@ class Terminal:
 
     def __init__(self, tracing: Tracing, *, live: bool, console: Console | None = None) -> None:
         self.view = RunView()
-        self._console = console or Console(stderr=True)
+        self._console = console or RunConsole(stderr=True)
         self._waiting: deque[Event] = deque()
         self._ends = threading.Event()
         self._not_understood: set[str] = set()
@@ -68,8 +81,11 @@ class Terminal:
             self._live.stop()
 
     def show(self, summary: Summary) -> None:
-        """Print the end of the run to stdout."""
-        print_summary(summary, Console())
+        """Print the end of the run to stdout; when nobody reads it (``| head``), that is logged and no failure."""
+        try:
+            print_summary(summary, RunConsole())
+        except BrokenPipeError as error:
+            log.warning("summary.not_shown", error=repr(error))
 
     def _watch(self) -> None:
         """Take in what has been put aside, twice a second, and once more at the end.

@@ -52,6 +52,17 @@ class Log:
             receive_wait_s=receive_wait_s,
         )
 
+    def generator(self, *, busy_s: float, tokens_total: int, running: int = 4) -> None:
+        self.line(
+            "generator.stats",
+            version=0,
+            running=running,
+            waiting=1,
+            num_slots=16,
+            tokens_total=tokens_total,
+            busy_s=busy_s,
+        )
+
     def step(self, step: int, *, loss: float | None = 0.5, ages: tuple[int, ...] = (0, 1), **fields: Any) -> None:
         facts: dict[str, Any] = {
             "version": step,
@@ -98,15 +109,7 @@ def demo(*, steps: int = 12, of: int = 30, outage_at: int | None = 9) -> Iterato
             log.channel("rollouts", second % 2, 16, 0.0, 0.0)
             log.channel("scored", 0, 16, 0.0, begin + second)
             log.channel("versions", 0, 3, 0.0, begin + second)
-            log.line(
-                "generator.stats",
-                version=step - 1,
-                running=13 + second % 4,
-                waiting=1,
-                num_slots=16,
-                tokens_total=tokens,
-                busy_s=busy_s,
-            )
+            log.generator(busy_s=busy_s, tokens_total=tokens, running=13 + second % 4)
             log.span(
                 "sampler.rollout",
                 dur_s=7.0,
