@@ -36,6 +36,10 @@ _SPARE_REQUESTS = 64
 """Score requests that may be open beyond those that may wait: the batch under way, and bodies still arriving."""
 
 
+_REASON = web.ResponseKey("reason", str)
+"""Of a refusal, for the log."""
+
+
 class TeacherServer:
     """Routes of one service; ``start`` opens the port, ``stop`` closes it after the answers under way are written.
 
@@ -116,7 +120,7 @@ class TeacherServer:
         if path == "/v1/score":
             self._metrics.seconds.observe(time.monotonic() - began)
         if response.status >= 400 and request.path not in _OPEN_PATHS:
-            log.info("request.refused", path=path, status=response.status, reason=response.get("error", ""))
+            log.info("request.refused", path=path, status=response.status, reason=response.get(_REASON, ""))
         return response
 
     async def _outcome(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -262,5 +266,5 @@ def _error(
         # Whole seconds is all that the header can say.
         headers["Retry-After"] = str(math.ceil(retry_after_s))
     response = _json(status, wire.ErrorAnswer(error=text, retry_after_s=retry_after_s), headers)
-    response["error"] = text  # for the log
+    response[_REASON] = text
     return response
