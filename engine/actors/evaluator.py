@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.actors.teacher_proxy import request_id
+from engine.actors.scoring import score_rollout
 from engine.generation.protocol import GenerationRequest, Generator
 from engine.tracing import log, span
 from engine.training.protocol import EvalResult
@@ -157,17 +157,10 @@ class Evaluator:
         return self._scored_references
 
     async def _score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout[Scores]]:
-        async def score(rollout: Rollout) -> ScoredRollout[Scores]:
-            scores = await self._teacher.score(
-                prompt_ids=rollout.prompt.token_ids,
-                response_ids=rollout.response_ids,
-                top_k=self._top_k,
-                alone=self._alone,
-                request_id=request_id(rollout, self._top_k),
-            )
-            return ScoredRollout(rollout=rollout, scores=scores)
-
-        return list(await asyncio.gather(*(score(rollout) for rollout in rollouts)))
+        questions = [
+            score_rollout(self._teacher, rollout, top_k=self._top_k, alone=self._alone) for rollout in rollouts
+        ]
+        return list(await asyncio.gather(*questions))
 
     def _conclude(
         self,

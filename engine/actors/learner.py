@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from engine.actor import Actor, Worker
+from engine.actors.in_flight import first_of
 from engine.errors import NonFiniteError
 from engine.flow import FinishStep, Stop, Train
 from engine.schedule import Schedule
@@ -19,7 +21,7 @@ from engine.transport.channel import Receiver, Sender
 from engine.types import Rollout, ScoredRollout
 from teacher.protocol import Scores
 
-Evaluate = Callable[[int], Awaitable[None]]
+Evaluate = Callable[[int], Coroutine[Any, Any, None]]
 Checkpoint = Callable[[int], Awaitable[None]]
 
 
@@ -189,7 +191,8 @@ class Learner(Actor):
     async def _measure(self, version: int) -> None:
         assert self._evaluate is not None
         await self._schedule.wait_live(version)
-        await self._evaluate(version)
+        # A run that was told to stop and whose grace has ended does not wait for a teacher that is away.
+        await first_of(self._evaluate(version), self._schedule.wait_finished())
         if self._hold:
             self._schedule.release_admission()
 

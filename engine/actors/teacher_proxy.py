@@ -3,12 +3,9 @@ decides only what happens to a rollout that the teacher will never take."""
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
-
 from engine.actor import Actor
 from engine.actors.in_flight import InFlight, first_of
+from engine.actors.scoring import score_rollout
 from engine.errors import EndOfChannel, TeacherRefused
 from engine.schedule import Schedule
 from engine.tracing import span
@@ -85,13 +82,7 @@ class TeacherProxy(Actor):
     async def _score(self, rollout: Rollout) -> None:
         try:
             with span("teacher.score", rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens):
-                scores = await self._teacher.score(
-                    prompt_ids=rollout.prompt.token_ids,
-                    response_ids=rollout.response_ids,
-                    top_k=self._top_k,
-                    alone=self._alone,
-                    request_id=request_id(rollout, self._top_k),
-                )
+                scored = await score_rollout(self._teacher, rollout, top_k=self._top_k, alone=self._alone)
         except TeacherRefused as refusal:
             self._refusals += 1
             if self._refusals >= self._max_refusals:
@@ -99,14 +90,5 @@ class TeacherProxy(Actor):
             self._schedule.failed(rollout.rollout_id, f"teacher refused: {refusal}")
         else:
             self._refusals = 0
-            await self._scored.send(ScoredRollout(rollout=rollout, scores=scores))
+            await self._scored.send(scored)
         del self._held[rollout.rollout_id]
-
-
-def request_id(rollout: Rollout, top_k: int) -> str:
-    """Equal for equal questions and for no others: the ticket, and a digest of the tokens, because a ticket that is
-    sampled again after a crash asks about another answer."""
-    digest = hashlib.blake2b(digest_size=12)
-    digest.update(np.asarray((top_k, len(rollout.prompt.token_ids)), dtype="<i8").tobytes())
-    digest.update(np.asarray(rollout.prompt.token_ids + rollout.response_ids, dtype="<i8").tobytes())
-    return f"{rollout.rollout_id}-{digest.hexdigest()}"

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -123,18 +124,37 @@ def test_a_signal_drains_checkpoints_and_leaves_a_run_that_goes_on(
 
 
 def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    port = free_port()
-    recipe = world.recipe(tmp_path / "r.py", urls=(f"http://127.0.0.1:{port}",))
-    with teacher_process(world, port) as teacher:
-        process = start_run(recipe, "--out", str(out), "--set", "steps=400")
-        wait_for(out, "learner.step", process=process, step=1)
-        # Without a teacher the step under way cannot finish, so the first signal alone would wait for its grace.
-        teacher.kill()
-        wait_for(out, "teacher.parked", process=process)
+    process, out, resume_teacher = start_run_that_waits_for_its_teacher(world, tmp_path, "--set", "node.grace_s=600")
+    with resume_teacher:
         process.send_signal(signal.SIGTERM)
         wait_for(out, "run.draining", process=process)
         process.send_signal(signal.SIGTERM)
         finished = finish(process)
 
     assert finished.code == 143
+
+
+def test_after_its_grace_a_run_that_waits_for_its_teacher_ends(world: World, tmp_path: Path) -> None:
+    process, out, resume_teacher = start_run_that_waits_for_its_teacher(world, tmp_path, "--set", "node.grace_s=0.2")
+    with resume_teacher:
+        process.send_signal(signal.SIGTERM)
+        finished = finish(process)
+
+    assert finished.code == 3, finished.stderr[-3000:]
+    run(world.recipe(tmp_path / "again.py"), "--resume", "--out", str(out), "--json")
+    assert_exactly_once(out, steps=6, per_step=4, max_staleness=1)
+
+
+def start_run_that_waits_for_its_teacher(
+    world: World, tmp_path: Path, *arguments: str
+) -> tuple[subprocess.Popen[str], Path, AbstractContextManager[object]]:
+    """A run whose first measurement hangs, because the teacher is stopped (SIGSTOP) as soon as the run has started."""
+    port, out = free_port(), tmp_path / "out"
+    recipe = world.recipe(tmp_path / "r.py", urls=(f"http://127.0.0.1:{port}",))
+    with ExitStack() as stack:
+        teacher = stack.enter_context(teacher_process(world, port))
+        process = start_run(recipe, "--out", str(out), *arguments)
+        wait_for(out, "run.started", process=process)
+        teacher.send_signal(signal.SIGSTOP)
+        wait_for(out, "eval.started", process=process)
+        return process, out, stack.pop_all()
