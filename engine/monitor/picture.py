@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
 from engine.monitor.sentences import REPLICA_WORDS, number, printable
-from engine.monitor.view import ActorView, RunView, Shares
+from engine.monitor.view import ActorView, Notice, RunView, Shares
 
 LABEL_WIDTH = 12
 _MIN_WIDTH, _MAX_WIDTH = 60, 140
@@ -29,7 +29,6 @@ class Glyphs(msgspec.Struct, frozen=True, kw_only=True):
     """Low to high, of a sparkline."""
     arrow: str
     dash: str
-    ellipsis: str
 
 
 UNICODE = Glyphs(
@@ -41,7 +40,6 @@ UNICODE = Glyphs(
     steps="▁▂▃▄▅▆▇█",
     arrow="→",
     dash="─",
-    ellipsis="…",
 )
 ASCII = Glyphs(
     worked="#",
@@ -52,7 +50,6 @@ ASCII = Glyphs(
     steps="_.-=+*%#",
     arrow="->",
     dash="-",
-    ellipsis="...",
 )
 
 # Of the sixteen colours that every terminal theme, light or dark, keeps readable.
@@ -85,9 +82,9 @@ def lines(view: RunView, *, now: float, width: int, height: int, glyphs: Glyphs 
         _head(view, now, width, glyphs),
         _numbers(view, width, glyphs),
         _actors(view, width, glyphs),
-        _teachers(view, width),
-        _answer(view, width, glyphs),
-        _notices(view, width),
+        _teachers(view),
+        _answer(view),
+        _notices(view),
     ]
     picture = _fit(blocks, height)
     for line in picture:
@@ -128,9 +125,9 @@ def _head(view: RunView, now: float, width: int, glyphs: Glyphs) -> list[Text]:
     left.append(" " * max(1, width - left.cell_len - len(right)) + right)
     share = view.step / view.steps if view.steps else 0.0
     done = round(share * width)
-    bar = Text("━" * done if glyphs is UNICODE else "=" * done, style=STYLE_WORKED)
-    bar.append(glyphs.dash * (width - done), style=STYLE_QUIET)
-    return [left, bar]
+    progress = Text("━" * done if glyphs is UNICODE else "=" * done, style=STYLE_WORKED)
+    progress.append(glyphs.dash * (width - done), style=STYLE_QUIET)
+    return [left, progress]
 
 
 def _numbers(view: RunView, width: int, glyphs: Glyphs) -> list[Text]:
@@ -293,7 +290,7 @@ def _pad(text: Text, width: int) -> Text:
     return text.append(" " * max(1, width - text.cell_len))
 
 
-def _teachers(view: RunView, width: int) -> list[Text]:
+def _teachers(view: RunView) -> list[Text]:
     if not view.replicas:
         return []
     line = _label("teacher")
@@ -309,7 +306,7 @@ def _teachers(view: RunView, width: int) -> list[Text]:
     return [line]
 
 
-def _answer(view: RunView, width: int, glyphs: Glyphs) -> list[Text]:
+def _answer(view: RunView) -> list[Text]:
     if not view.answers:
         return []
     shown = list(view.answers.values())[-1]
@@ -321,13 +318,20 @@ def _answer(view: RunView, width: int, glyphs: Glyphs) -> list[Text]:
     return [question, answer]
 
 
-def _notices(view: RunView, width: int) -> list[Text]:
+def _notices(view: RunView) -> list[Text]:
+    """The last five, oldest first; of a row of the same kind only the newest."""
+    chosen: list[Notice] = []
+    for notice in reversed(view.notices):
+        if not chosen or notice.event != chosen[-1].event or notice.level != "info":
+            chosen.append(notice)
+        if len(chosen) == 5:
+            break
     out = []
-    for notice in itertools.islice(reversed(view.notices), 5):
+    for notice in reversed(chosen):
         line = Text().append(notice.at.astimezone().strftime("%H:%M:%S").ljust(LABEL_WIDTH), style=STYLE_QUIET)
         line.append(notice.text, style=_LEVEL_STYLES.get(notice.level, ""))
         out.append(line)
-    return out[::-1]
+    return out
 
 
 def bar(shares: Shares, width: int, glyphs: Glyphs = UNICODE) -> Text:

@@ -51,7 +51,10 @@ class Shares(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that people are told (``sentence``)."""
+
     at: datetime
+    event: str
     level: str
     text: str
 
@@ -184,7 +187,7 @@ class RunView:
         text = sentence(event)
         if text is None:
             return None
-        notice = Notice(at=at, level=event["level"], text=text)
+        notice = Notice(at=at, event=event["event"], level=event["level"], text=text)
         self.notices.append(notice)
         return notice
 

@@ -104,6 +104,21 @@ def test_a_console_draws_it() -> None:
     assert "\x1b[36mloss" in out.getvalue()
 
 
+def test_of_many_notices_of_one_kind_only_the_newest_takes_room() -> None:
+    view = RunView()
+    log = Log()
+    log.line("teacher.resumed", parked_s=3.0)
+    for step in range(1, 9):
+        log.line("checkpoint.saved", step=step, path="p", num_bytes=1000)
+    for line in log.lines:
+        view.apply(line)
+
+    assert [line[12:] for line in drawn(view).splitlines() if "04:05 " in line] == [
+        "a teacher is back after 3.0 s",
+        "checkpoint of step 8 in p (1 kB)",
+    ]
+
+
 def test_many_replicas_are_counted_and_only_the_absent_ones_named() -> None:
     view = RunView()
     log = Log()
