@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextvars
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -335,6 +337,25 @@ def test_human_line_names_the_outcome_of_a_failed_span() -> None:
         "dur_us": 2_500_000,
     }
     assert human_line(event)[8:] == ".678 WARNING teacher.score attempts=3 -> TimeoutError (2.50 s)"
+
+
+def test_every_event_in_the_code_is_documented() -> None:
+    documented = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", (ROOT / "docs" / "events.md").read_text()))
+    missing = {f"{name} ({path.relative_to(ROOT)})" for path, name in events_in_code() if name not in documented}
+
+    assert not missing, f"add a row to docs/events.md for {', '.join(sorted(missing))}"
+
+
+def events_in_code() -> Iterator[tuple[Path, str]]:
+    calls = {"span", "emit", "debug", "info", "warning", "error", "exception"}
+    for path in (path for room in ("engine", "teacher") for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
+                continue
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = node.args[0].value
+            if called in calls and isinstance(name, str) and re.fullmatch(r"[a-z_]+\.[a-z_]+", name):
+                yield path, name
 
 
 @pytest.mark.usefixtures("tracing")

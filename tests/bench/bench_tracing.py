@@ -1,0 +1,60 @@
+"""What a line costs: ``python -m tests.bench.bench_tracing``. Prints microseconds per call, best of five rounds."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.metrics import NodeMetrics
+from engine.monitor.view import RunView
+from engine.tracing import Tracing, bound, log, span
+
+_NUM_CALLS = 5_000
+_ROUNDS = 5
+
+
+def best_us(call: Callable[[int], object]) -> float:
+    """Microseconds per call in the quickest round."""
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for n in range(_NUM_CALLS):
+            call(n)
+        best = min(best, time.perf_counter() - start)
+    return best / _NUM_CALLS * 1e6
+
+
+def fact(n: int) -> None:
+    log.info("rollout.dispatched", rollout_id=n, epoch=0, prompt_index=3, sample_index=0)
+
+
+def piece_of_work(n: int) -> None:
+    with span("sampler.rollout", rollout_id=n) as facts:
+        facts.add(version_first=3, version_last=4, num_tokens=48, num_prompt_tokens=30, finish_reason="stop")
+
+
+def main() -> None:
+    rows: list[tuple[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder, Tracing(level="info") as tracing:
+        tracing.open(Path(folder), run="bench", node="0")
+        with bound(actor="sampler"):
+            rows.append(("a fact", best_us(fact)))
+            rows.append(("a span", best_us(piece_of_work)))
+            rows.append(("a line below the level", best_us(lambda n: log.debug("decode.step", n=n))))
+            subscription = tracing.subscribe("metrics", NodeMetrics().apply)
+            rows.append(("a span, with metrics", best_us(piece_of_work)))
+            subscription.cancel()
+        lines: list[dict[str, object]] = []
+        tracing.subscribe("collect", lambda event: lines.append(dict(event)))
+        piece_of_work(1)
+        view = RunView()
+        rows.append(("the view taking in a span", best_us(lambda _: view.apply(lines[0]))))
+    for name, cost_us in rows:
+        sys.stdout.write(f"{name:<28}{cost_us:8.1f} us\n")
+
+
+if __name__ == "__main__":
+    main()
