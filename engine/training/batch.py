@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from engine.training.packing import PackedBatch, pack, pad, split_by_budget, split_padded
+from engine.transport.handoff import Uploader, consume
 from engine.types import ScoredRollout
 from ops import TeacherScores
 from teacher.protocol import Scores
@@ -89,26 +89,33 @@ def split(scored: Scored, *, layout: Layout, budget: int) -> list[list[int]]:
     return groups if layout == "padded" else [[i] for group in groups for i in group]
 
 
-def make_batch(scored: Scored, *, layout: Layout, pad_id: int, device: torch.device) -> StudentBatch:
-    """Lay the rollouts out for one forward pass."""
+def make_batch(scored: Scored, *, layout: Layout, pad_id: int, uploader: Uploader) -> StudentBatch:
+    """Lay the rollouts out for one forward pass, on the device of ``uploader``."""
     sequences = [_inputs(item) for item in scored]
     lengths = tuple(item.rollout.num_tokens for item in scored)
     batch = pack(sequences) if layout == "packed" else pad(sequences, pad_id=pad_id)
     rows = np.concatenate([index[-length:] for index, length in zip(batch.index, lengths, strict=True)])
+    mask: npt.NDArray[np.bool_] | None
     if isinstance(batch, PackedBatch):
         token_ids, position_ids = batch.token_ids[None], batch.position_ids[None]
         is_chain = bool((batch.end == batch.num_tokens).all())
-        mask = None if is_chain else torch.from_numpy(batch.mask())[None, None]
+        mask = None if is_chain else batch.mask()[None, None]
     else:
         token_ids, position_ids = batch.token_ids, batch.position_ids
-        mask = None if batch.mask.all() else torch.from_numpy(batch.mask)
+        mask = None if batch.mask.all() else batch.mask
+    arrays = [token_ids, position_ids, rows, *_score_arrays(scored), *(() if mask is None else (mask,))]
+    tokens_, positions_, rows_, top_ids, top_logprobs, sampled_ids, sampled_logprobs, *masks = consume(
+        uploader.upload(arrays)
+    )
     return StudentBatch(
-        token_ids=torch.from_numpy(token_ids).to(device),
-        position_ids=torch.from_numpy(position_ids).to(device),
-        mask=None if mask is None else mask.to(device),
-        rows=torch.from_numpy(rows).to(device),
+        token_ids=tokens_,
+        position_ids=positions_,
+        mask=masks[0] if masks else None,
+        rows=rows_,
         lengths=lengths,
-        scores=_teacher_scores(scored, device),
+        scores=TeacherScores(
+            top_ids=top_ids, top_logprobs=top_logprobs, sampled_ids=sampled_ids, sampled_logprobs=sampled_logprobs
+        ),
     )
 
 
@@ -116,20 +123,15 @@ def _inputs(item: ScoredRollout[Scores]) -> tuple[int, ...]:
     return item.rollout.prompt.token_ids + item.rollout.response_ids[:-1]
 
 
-def _teacher_scores(scored: Scored, device: torch.device) -> TeacherScores:
+def _score_arrays(scored: Scored) -> tuple[npt.NDArray[np.generic], ...]:
+    """top_ids, top_logprobs [T, K]; sampled_ids, sampled_logprobs [T]."""
     top_k = max(item.scores.top_ids.shape[1] for item in scored)
-    sampled_ids = np.concatenate([np.asarray(item.rollout.response_ids, np.int64) for item in scored])
-    return TeacherScores(
-        top_ids=_upload([_widen(item.scores.top_ids, top_k, -1) for item in scored], device),
-        top_logprobs=_upload([_widen(item.scores.top_logprobs, top_k, 0) for item in scored], device),
-        sampled_ids=torch.from_numpy(sampled_ids).to(device),
-        sampled_logprobs=_upload([item.scores.sampled_logprobs for item in scored], device),
+    return (
+        np.concatenate([_widen(item.scores.top_ids, top_k, -1) for item in scored]),
+        np.concatenate([_widen(item.scores.top_logprobs, top_k, 0) for item in scored]),
+        np.concatenate([np.asarray(item.rollout.response_ids, np.int64) for item in scored]),
+        np.concatenate([item.scores.sampled_logprobs for item in scored]),
     )
-
-
-def _upload(parts: Sequence[npt.NDArray[np.generic]], device: torch.device) -> Tensor:
-    # Concatenation copies, and torch refuses the read-only arrays that a wire format leaves.
-    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 def _widen(array: npt.NDArray[np.generic], top_k: int, fill: int) -> npt.NDArray[np.generic]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
+from engine.transport.handoff import Uploader
 from engine.types import ScoredRollout, StepReport
 from ops import (
     Divergence,
@@ -39,6 +41,9 @@ from ops import (
     linear_divergence_with_gradients,
 )
 from teacher.protocol import Scores
+
+PAD_ID = 0
+"""What fills padded rows: in every vocabulary, and never attended to."""
 
 _OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 
@@ -63,7 +68,7 @@ class HFTrainer:
         self._objective: Objective = _OBJECTIVES[objective.kind](tail=objective.tail)
         self._num_steps = steps
         self._seed = seed
-        self._loaded: tuple[Student, StepOptimizer] | None = None
+        self._state: _Loaded | None = None
         self._step = _StepSums()
 
     def start(self) -> None:
@@ -104,7 +109,7 @@ class HFTrainer:
 
     def finish_step(self) -> StepReport:
         """Also raises RuntimeError when nothing was accumulated."""
-        sums, optimizer = self._step, self._optimizer
+        sums, optimizer = self._step, self._loaded.optimizer
         if sums.num_tokens == 0:
             raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
         lr = learning_rate(self._config, step=self.version + 1, num_steps=self._num_steps)
@@ -148,62 +153,56 @@ class HFTrainer:
         return [result for result in results if result is not None]
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        return buckets(named_tensors(self._student.model), bucket_bytes=bucket_bytes)
+        return buckets(named_tensors(self._loaded.student.model), bucket_bytes=bucket_bytes)
 
     def digest(self) -> str:
         """See ``engine.training.export.digest_of`` for its strength; 25 ms for 450 MB on one core."""
-        return digest_of(named_tensors(self._student.model))
+        return digest_of(named_tensors(self._loaded.student.model))
 
     def save(self, folder: Path) -> None:
-        """Also raises RuntimeError in the middle of a step: summed gradients are not saved."""
-        if self._step.num_micro_batches:
-            raise RuntimeError(f"step {self.version + 1} is half accumulated; save after finish_step")
-        save_student(self._student.model, Path(self._student_config.path), folder / STUDENT)
-        save_trainer(folder / TRAINER, optimizer=self._optimizer.state(), state=TrainerState(version=self.version))
+        """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
+        loaded, state = self._loaded, TrainerState(version=self.version)
+        save_student(loaded.student.model, Path(self._student_config.path), folder / STUDENT)
+        save_trainer(folder / TRAINER, optimizer=loaded.optimizer.state(), state=state)
 
     def load(self, folder: Path) -> None:
         """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken."""
         state, saved = load_trainer(folder / TRAINER)
         self._start_from(folder / STUDENT)
         try:
-            self._optimizer.load_state(state)
+            self._loaded.optimizer.load_state(state)
         except ValueError as error:
             raise CheckpointError(f"trainer state in {str(folder / TRAINER)!r}: {error}") from error
         self.version = saved.version
 
     def stop(self) -> None:
-        self._loaded = None
+        self._state = None
 
     def _start_from(self, folder: Path) -> None:
         torch.set_num_threads(self._config.num_threads)
         student = load_student(self._student_config, self._config, folder=folder)
         named = [(name, parameter) for name, parameter in student.model.named_parameters()]
-        self._loaded = (student, StepOptimizer(named, self._config))
+        self._state = _Loaded(
+            student=student, optimizer=StepOptimizer(named, self._config), uploader=Uploader(student.device)
+        )
         self._step = _StepSums()
 
     @property
-    def _student(self) -> Student:
-        return self._both[0]
-
-    @property
-    def _optimizer(self) -> StepOptimizer:
-        return self._both[1]
-
-    @property
-    def _both(self) -> tuple[Student, StepOptimizer]:
-        if self._loaded is None:
+    def _loaded(self) -> _Loaded:
+        if self._state is None:
             raise RuntimeError("the trainer holds no model; call start or load first")
-        return self._loaded
+        return self._state
 
     def _batches(self, scored: Sequence[ScoredRollout[Scores]]) -> Iterator[tuple[list[int], StudentBatch]]:
-        student = self._student
+        loaded = self._loaded
+        student = loaded.student
         for group in batches.split(scored, layout=student.layout, budget=self._config.micro_batch_tokens):
             chosen = [scored[i] for i in group]
-            yield group, batches.make_batch(chosen, layout=student.layout, pad_id=student.pad_id, device=student.device)
+            yield group, batches.make_batch(chosen, layout=student.layout, pad_id=PAD_ID, uploader=loaded.uploader)
 
     def _forward(self, objective: Objective, batch: StudentBatch) -> Divergence:
         """Values and metrics without gradient; the caller has switched autograd off."""
-        student, block_rows = self._student, self._config.block_rows
+        student, block_rows = self._loaded.student, self._config.block_rows
         if student.head is None:
             return divergence(objective, student.logits(batch), batch.scores, block_rows=block_rows)
         head = student.head
@@ -213,7 +212,7 @@ class HFTrainer:
 
     def _forward_backward(self, batch: StudentBatch) -> Divergence:
         """Adds the gradient of the sum of the values to the parameters'."""
-        student, block_rows = self._student, self._config.block_rows
+        student, block_rows = self._loaded.student, self._config.block_rows
         if student.head is None:
             out = divergence(self._objective, student.logits(batch), batch.scores, block_rows=block_rows)
             if self._is_usable(out.values):
@@ -250,14 +249,20 @@ class HFTrainer:
     @contextmanager
     def _randomness(self, purpose: str, *parts: int) -> Iterator[None]:
         """Whatever a model draws inside is a function of seed, version and ``parts``, and nothing outside notices."""
-        device = self._student.device
+        device = self._loaded.student.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(stream_key(purpose, self._seed, self.version, *parts))
             yield
 
 
 def _by_rollout(column_T: Tensor, batch: StudentBatch) -> list[Tensor]:
-    return list(torch.split(column_T.double(), list(batch.lengths)))
+    return list(torch.split(column_T.detach().double(), list(batch.lengths)))
+
+
+class _Loaded(NamedTuple):
+    student: Student
+    optimizer: StepOptimizer
+    uploader: Uploader
 
 
 class _StepSums:

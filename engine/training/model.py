@@ -46,11 +46,6 @@ class Student:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def pad_id(self) -> int:
-        """What fills padded rows; never attended to."""
-        return 0
-
     def hidden(self, batch: StudentBatch) -> Tensor:
         """[T, D]: last hidden state at ``batch.rows``."""
         with self._precision():

@@ -62,10 +62,10 @@ class Trainer(Protocol):
         ...
 
     def finish_step(self) -> StepReport:
-        """Divide the gradient by the step's response tokens, clip, step the optimizer, clear; ``version`` goes up by one.
+        """Divide the gradient by the step's response tokens, clip, update, clear; ``version`` goes up by one.
 
         Raises:
-            NonFiniteError: the gradient norm is not finite (only with ``on_nonfinite="stop"``); the weights are unchanged.
+            NonFiniteError: the gradient norm is not finite (only with ``on_nonfinite="stop"``); no weight has changed.
         """
         ...
 
@@ -82,7 +82,7 @@ class Trainer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write ``student/`` (Hugging Face format with tokenizer) and ``trainer/`` (optimizer, RNG) under ``folder``."""
+        """Write ``student/`` (Hugging Face format with tokenizer) and ``trainer/`` (optimizer, step) under ``folder``."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import ForwardKL, Objective, ReverseKL, TeacherScores
 
@@ -90,3 +91,23 @@ def cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from((1e-9, 0.01, 1.0, 5.0, 100.0))),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+@dataclass
+class LargestRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the full-vocabulary rows of the largest tensor that any operation makes."""
+
+    vocab_size: int
+    num_rows: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.t.default:  # a transposed head, which is only a view
+            return result
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.vocab_size:
+                self.num_rows = max(self.num_rows, tensor.shape[0])
+        return result

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import ForwardKL, Objective, TeacherScores, divergence, linear_divergence, linear_divergence_with_gradients
-from tests.ops.cases import OBJECTIVES, make_case
+from tests.ops.cases import OBJECTIVES, LargestRows, make_case
 
 V, D = 23, 6
 
@@ -150,24 +148,6 @@ def test_without_autograd_head_gradients_are_added_to_and_the_hidden_one_is_writ
     torch.testing.assert_close(found.values, expected.values.detach())
     assert not found.values.requires_grad
     torch.testing.assert_close(buffers, [hidden_grad, head_grad + 1.0, bias_grad + 1.0])
-
-
-@dataclass
-class LargestRows(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the full-vocabulary rows of the largest tensor that any operation makes."""
-
-    vocab_size: int
-    num_rows: int = field(default=0)
-
-    def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.vocab_size:
-                self.num_rows = max(self.num_rows, tensor.shape[0])
-        return result
 
 
 def test_never_more_than_a_block_of_logits() -> None:
