@@ -6,6 +6,8 @@ takes them in, draws and prints, so that a terminal that stands still (Ctrl-S, a
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -86,6 +88,9 @@ class Terminal:
             print_summary(summary, RunConsole())
         except BrokenPipeError as error:
             log.warning("summary.not_shown", error=repr(error))
+            # What is left in the buffer would fail once more when the interpreter ends, with exit code 120.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def _watch(self) -> None:
         """Take in what has been put aside, twice a second, and once more at the end.

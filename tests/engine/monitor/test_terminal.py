@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from rich.console import Console
 
 from engine.monitor.terminal import RunConsole, Terminal
 from engine.tracing import Tracing, log, span
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -145,3 +149,30 @@ def test_a_terminal_that_is_gone_ends_the_picture_and_not_the_run(tmp_path: Path
 
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events[1:] == ["learner.step", "monitor.ended", "learner.step"]
+
+
+def test_a_summary_that_nobody_reads_is_no_failure(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys\n"
+        "from engine.monitor.summary import Summary\n"
+        "from engine.monitor.terminal import Terminal\n"
+        "from engine.tracing import Tracing\n"
+        "with Tracing() as tracing:\n"
+        "    tracing.open(pathlib.Path(sys.argv[1]), run='r', node='0')\n"
+        "    sys.stdin.read()\n"
+        "    terminal = Terminal(tracing, live=False)\n"
+        "    terminal.show(Summary(run='r', out='o', step=1, steps=1, stopped_by=None, wall_s=1.0))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate()
+
+    assert (process.returncode, stderr) == (0, b"")
+    assert '"summary.not_shown"' in (tmp_path / "events.jsonl").read_text()
