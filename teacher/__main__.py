@@ -12,16 +12,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 import uvloop
 
 from engine.errors import UserError
 from teacher.batcher import Batcher
+from teacher.protocol import ScoreRequest, Scores, TeacherInfo
 from teacher.server import TeacherServer, check_exposure
 from teacher.token import read_token
+
+if TYPE_CHECKING:
+    from teacher.backend_torch import TorchBackend
 
 log = structlog.get_logger()
 
@@ -70,6 +75,44 @@ async def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+class _LateBackend:
+    """The torch back end, whose libraries are imported where the model is loaded.
+
+    They take seconds, in which the port is open already and signals are heard; --help and a wrong token file need none.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._backend: TorchBackend
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self._backend.info
+
+    def load(self) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        from teacher.backend_torch import TorchBackend
+
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        options = self._options
+        self._backend = TorchBackend(
+            model=options.model,
+            device=options.device,
+            dtype=options.dtype,
+            num_threads=options.num_threads,
+            block_rows=options.block_rows,
+            max_top_k=options.max_top_k,
+            max_length=options.max_length,
+            padded_tokens=options.max_batch_tokens,
+            trust_remote_code=options.trust_remote_code,
+        )
+        self._backend.load()
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        return self._backend.score(requests)
+
+
 async def _load(batcher: Batcher, asked_to_stop: asyncio.Event) -> bool:
     """Load the model; False when a signal came first.
 
@@ -100,25 +143,8 @@ def _facts(batcher: Batcher) -> dict[str, object]:
 
 
 def _batcher(options: argparse.Namespace) -> Batcher:
-    # Imported here: torch takes seconds, and --help or a wrong token file should not.
-    from transformers.utils import logging as transformers_logging
-
-    from teacher.backend_torch import TorchBackend
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    backend = TorchBackend(
-        model=options.model,
-        device=options.device,
-        dtype=options.dtype,
-        num_threads=options.num_threads,
-        block_rows=options.block_rows,
-        max_top_k=options.max_top_k,
-        max_length=options.max_length,
-        padded_tokens=options.max_batch_tokens,
-        trust_remote_code=options.trust_remote_code,
-    )
     return Batcher(
-        backend=backend,
+        backend=_LateBackend(options),
         max_batch_tokens=options.max_batch_tokens,
         max_queue=options.max_queue,
         linger_s=options.linger_ms / 1e3,

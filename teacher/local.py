@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from engine import recipe
 from engine.clock import Clock
+from engine.errors import TeacherUnavailable
 from teacher.backend_torch import TorchBackend
-from teacher.batcher import Batcher
+from teacher.batcher import Batcher, BatcherStatistics
 from teacher.protocol import Scores, TeacherInfo, score_request
 
 
@@ -36,6 +37,7 @@ class LocalTeacher:
             max_queue=1 << 30,
             clock=clock,
         )
+        self._is_closed = False
         self._start: asyncio.Task[None] | None = None
 
     async def info(self) -> TeacherInfo:
@@ -46,6 +48,9 @@ class LocalTeacher:
         """
         await self._started()
         return self._batcher.info
+
+    def statistics(self) -> BatcherStatistics:
+        return self._batcher.statistics()
 
     async def score(
         self,
@@ -77,6 +82,7 @@ class LocalTeacher:
 
     async def close(self) -> None:
         """Give up what waits and end the thread. Idempotent."""
+        self._is_closed = True
         if self._start is not None:
             # A model that could not be loaded has been reported to whoever asked.
             await asyncio.wait([self._start])
@@ -85,6 +91,8 @@ class LocalTeacher:
         await self._batcher.stop()
 
     async def _started(self) -> None:
+        if self._is_closed:
+            raise TeacherUnavailable("the teacher is shutting down")
         if self._start is None:
             self._start = asyncio.create_task(self._batcher.start(), name="teacher load")
         await asyncio.shield(self._start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -89,6 +90,7 @@ class TeacherServer:
             handler_cancellation=True,
             # No decompression: a few kilobytes could announce gigabytes.
             auto_decompress=False,
+            logger=_http_log(),
             shutdown_timeout=5.0,
         )
         await self._runner.setup()
@@ -250,6 +252,21 @@ class _Metrics(Collector):
         }
         yield from (GaugeMetricFamily(name, text, value=value) for name, (text, value) in gauges.items())
         yield from (CounterMetricFamily(name, text, value=value) for name, (text, value) in counters.items())
+
+
+class _ToOurLog(logging.Handler):
+    """What aiohttp has to say about connections that speak no HTTP, one line each: anyone can cause any number."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        reason = str(error).partition("\n")[0] if error is not None else record.getMessage()
+        log.info("connection.refused", reason=reason)
+
+
+def _http_log() -> logging.Logger:
+    logger = logging.Logger("teacher.http", level=logging.WARNING)
+    logger.addHandler(_ToOurLog())
+    return logger
 
 
 def _json(status: int, value: object, headers: dict[str, str] | None = None) -> web.Response:

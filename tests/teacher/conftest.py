@@ -47,6 +47,10 @@ class Service:
         """Send a signal, if it still runs, and wait; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+        return self.exit_code()
+
+    def exit_code(self) -> int:
+        """Wait until it has ended by itself."""
         return self.process.wait(60)
 
 
@@ -57,13 +61,16 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_service(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Service]]:
-    """``start_service("--max-queue", "2", …)``; all are killed at the end of the session."""
+    """``start_service("--max-queue", "2", …)``; all are killed at the end of the session.
+
+    ``module="tests.teacher.slow_teacher"`` starts in a moment and takes its time for each batch.
+    """
     started: list[Service] = []
 
-    def start(*options: str, model: Path = teacher_folder) -> Service:
+    def start(*options: str, model: Path = teacher_folder, module: str = "teacher") -> Service:
         folder = tmp_path_factory.mktemp("service")
         port_file, log = folder / "port", folder / "log"
-        command = [sys.executable, "-m", "teacher", "--model", str(model), "--num-threads", "1"]
+        command = [sys.executable, "-m", module, "--model", str(model), "--num-threads", "1"]
         command += ["--port", "0", "--port-file", str(port_file), *options]
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
