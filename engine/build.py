@@ -12,7 +12,7 @@ import msgspec
 
 from engine.actor import Actor, RestartPolicy, Worker
 from engine.actors.checkpointer import Checkpointer
-from engine.actors.evaluator import Evaluator, HeldOut
+from engine.actors.evaluator import Evaluator, HeldOut, read_evaluations
 from engine.actors.learner import Learner
 from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
@@ -319,6 +319,12 @@ def _learner(ports: Ports) -> Actor:
         checkpoint_every=recipe.checkpoint.every_steps,
         evaluate=None if evaluator is None else evaluator.evaluate,
         evaluate_every=0 if recipe.evaluation is None else recipe.evaluation.every_steps,
+        # What was measured after the checkpoint was measured on weights that are lost.
+        measured=[
+            evaluation.version
+            for evaluation in read_evaluations(parts.run_dir.evaluations)
+            if evaluation.version <= parts.schedule.version
+        ],
         last_step=recipe.steps,
         hold_for_evaluation=recipe.deterministic,
         folder=parts.run_dir.path,

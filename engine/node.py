@@ -14,6 +14,7 @@ from engine.actor import ActorState
 from engine.build import Built
 from engine.errors import ActorFailed
 from engine.http_port import HttpPort
+from engine.messages import Drain
 from engine.metrics import NodeMetrics
 from engine.parts import Parts
 from engine.supervisor import Supervisor
@@ -43,7 +44,7 @@ class Node:
         self._parts = parts
         self._built = built
         self._metrics = metrics
-        self._supervisor = Supervisor(clock=parts.clock)
+        self._supervisor = Supervisor(parts.clock)
         for actor in built.actors:
             self._supervisor.add(actor, restart=built.restarts[actor.name])
         self._port = HttpPort(parts.recipe.node, is_ready=self._is_ready, status=self._status, metrics=metrics.render)
@@ -177,7 +178,7 @@ class Node:
             os._exit(128 + name)
         self._stopped_by = name.name
         log.warning("run.draining", signal=name.name, grace_s=self._parts.recipe.node.grace_s)
-        self._parts.schedule.drain()
+        self._supervisor.tell(Drain(reason=name.name, grace_s=self._parts.recipe.node.grace_s))
         self._grace = asyncio.get_running_loop().create_task(self._end_grace())
 
     async def _end_grace(self) -> None:

@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     # Models are read from folders and nothing else: a hub is never asked, not even whether a newer file exists.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The terminal belongs to the picture of the run.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         recipe, graph = load_recipe(Path(options.recipe), options.set)
         if options.show:
@@ -82,7 +84,7 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         if parts.schedule.version:
             log.info("run.resumed", step=parts.schedule.version)
         with Terminal(tracing, live=sys.stderr.isatty() and not options.json) as terminal:
-            outcome = await Node(parts, build(graph, parts), metrics=metrics).run()
+            outcome = await Node(parts, build(graph, parts), metrics=metrics, on_start=tracing.adopt_libraries).run()
         summary = summarise(recipe=recipe, run_dir=run_dir, outcome=outcome, view=terminal.view, parts=parts)
         run_dir.summary.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
         if options.json:

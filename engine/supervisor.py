@@ -95,9 +95,9 @@ class Supervisor:
     async def wait(self) -> None:
         """Return when every actor has come to its end and has been stopped.
 
-        Waits for: the runs of all actors. Unblocked by: their input ending, ``drain``, ``stop``, or a failure that no
-        policy forgives; then the others are cancelled and all are stopped in reverse order. Cancelling it leaves the
-        actors running; ``stop`` ends them.
+        Waits for: the runs of all actors. Unblocked by: their input ending, a ``Drain`` that they obey, ``stop``, or a
+        failure that no policy forgives; then the others are cancelled and all are stopped in reverse order. Cancelling
+        it leaves the actors running; ``stop`` ends them.
 
         Raises:
             ActorFailed: names the first actor that failed beyond its policy and why.
@@ -120,31 +120,6 @@ class Supervisor:
         """
         for name in self._slots if to is None else to:
             self._slots[name].tell(message)
-
-    async def drain(self, reason: str, grace_s: float) -> bool:
-        """Send ``Drain`` to every actor, and wait until all have come to their end, at most ``grace_s`` seconds.
-
-        Who still runs after that is cancelled, so that ``wait`` returns soon after. A drained actor that fails and is
-        restarted is told to drain again. Does not call the actors' ``stop``: ``wait`` does. Before ``start_all`` is
-        done there is nothing to wait for: this returns at once, and the actors are told as soon as they run.
-
-        Returns:
-            True if no actor had to be cancelled.
-        """
-        log.info("run.draining", reason=reason, grace_s=grace_s)
-        self.tell(Drain(reason=reason, grace_s=grace_s))
-        tasks = self._tasks()
-        grace = asyncio.create_task(self._clock.sleep(grace_s), name="grace of the drain")
-        ended = asyncio.create_task(_wait_all(tasks), name="end of the drain")
-        try:
-            await asyncio.wait({grace, ended}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await _cancel_and_join({grace, ended})
-        late = [task for task in tasks if not task.done()]
-        for task in late:
-            log.warning("actor.grace_expired", actor=task.get_name(), grace_s=grace_s)
-            task.cancel()
-        return not late
 
     async def stop(self) -> None:
         """Cancel what runs and stop every started actor, last started first. Idempotent; raises nothing of the actors.
@@ -318,11 +293,6 @@ def _error_of(task: asyncio.Task[None]) -> BaseException | None:
     return (
         asyncio.CancelledError(f"{task.get_name()} was cancelled from within") if task.cancelled() else task.exception()
     )
-
-
-async def _wait_all(tasks: set[asyncio.Task[None]]) -> None:
-    if tasks:
-        await asyncio.wait(tasks)
 
 
 async def _cancel_and_join(tasks: set[asyncio.Task[None]]) -> None:

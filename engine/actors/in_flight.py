@@ -5,74 +5,72 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 
 class InFlight:
-    """A bounded crew of tasks::
+    """A task group with a limit::
 
-    tasks = InFlight(limit=8)
-    try:
-        await tasks.start(work())  # waits while 8 are going; raises what an earlier one raised
-        await tasks.join()
-    finally:
-        await tasks.cancel()
+        async with InFlight(limit=8) as tasks:
+            async for item in channel:
+                await tasks.room()  # waits while 8 are going
+                tasks.start(work(item))
+
+    The block is left when all have ended. When one fails, the others and whatever the block waits for are cancelled,
+    and its exception leaves the block as it is (not in a group; how many more failed is noted on it).
     """
 
     def __init__(self, *, limit: int) -> None:
         if limit < 1:
             raise ValueError(f"limit must be >= 1 task, got {limit}")
         self._limit = limit
+        self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def room(self) -> None:
-        """Return when another task may be started.
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        return self
 
-        Raises:
-            Exception: what one of the tasks raised.
-        """
-        while len(self._tasks) >= self._limit and self._failure is None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._group.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            if len(group.exceptions) > 1:
+                first.add_note(f"and {len(group.exceptions) - 1} more of what was in flight failed")
+            raise first from None
+
+    async def room(self) -> None:
+        """Return when another task may be started."""
+        while len(self._tasks) >= self._limit:
             await self._change()
-        self._raise()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Start a task now; call ``room`` before."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
     async def join(self) -> None:
-        """Return when no task is left.
-
-        Raises:
-            Exception: what one of the tasks raised.
-        """
-        while self._tasks and self._failure is None:
+        """Return when no task is left."""
+        while self._tasks:
             await self._change()
-        self._raise()
 
-    async def cancel(self) -> None:
-        """Cancel what is left and wait for it. What a task raises on its way out is raised by ``join`` or not at
-        all."""
+    def cancel(self) -> None:
+        """Cancel what is left; the end of the block waits for it."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (failure := task.exception()) is not None and self._failure is None:
-            self._failure = failure
         self._changed.set()
-
-    def _raise(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
 
     async def _change(self) -> None:
         self._changed.clear()

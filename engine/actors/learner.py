@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,13 @@ class Learner(Actor):
     Args:
         load: brings the trainer to the version that the schedule starts at; called on the worker.
         trainer: used from this actor's one thread (``worker``), except for reads under ``weights_lock``.
-        evaluate: measure version v on held-out prompts; called before the first step, after the last, and when
-            ``evaluate_every`` divides v (0: never in between).
-        checkpoint: write version v to disk; called when ``checkpoint_every`` divides v (0: never in between) and at the
-        end. hold_for_evaluation: admit nothing while measuring (deterministic runs).
+        evaluate: measure version v on held-out prompts; called before the first step, after the last, and
+            when ``evaluate_every`` divides v (0: never in between).
+        measured: versions that an earlier process of this run has measured.
+        checkpoint: write version v to disk; called when ``checkpoint_every`` divides v (0: never in between) and at
+            the end.
+        hold_for_evaluation: admit nothing while measuring (deterministic runs).
+        folder: where the rollouts of a step that went wrong are saved.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Learner(Actor):
         checkpoint_every: int,
         evaluate: Evaluate | None,
         evaluate_every: int,
+        measured: Iterable[int],
         last_step: int,
         hold_for_evaluation: bool,
         folder: Path,
@@ -75,6 +79,7 @@ class Learner(Actor):
         self._checkpoint_every = checkpoint_every
         self._evaluate = evaluate
         self._evaluate_every = evaluate_every
+        self._measured = set(measured)
         self._last_step = last_step
         self._hold = hold_for_evaluation
         self._folder = folder
@@ -101,7 +106,7 @@ class Learner(Actor):
 
     async def start(self) -> None:
         await self._worker.call(self._load)
-        if self._hold and self._schedule.version == 0 and self._is_evaluation_due(0):
+        if self._hold and self._is_measurement_due(self._schedule.version):
             self._schedule.hold_admission()
 
     async def stop(self) -> None:
@@ -116,9 +121,8 @@ class Learner(Actor):
             self._schedule.scored(scored.rollout)
 
     async def _train(self) -> None:
-        if self._schedule.version == 0 and self._is_evaluation_due(0):
-            await self._measure(0)
         saved = self._schedule.version
+        await self._measure_if_due()
         while True:
             instruction = await self._schedule.next_instruction()
             if isinstance(instruction, Train):
@@ -126,13 +130,14 @@ class Learner(Actor):
                 continue
             if isinstance(instruction, FinishStep):
                 await self._finish_step()
-            version = self._schedule.version
+            # The checkpoint first: a run killed while it measures has lost nothing.
             ends = isinstance(instruction, Stop)
-            if version != saved and (ends or (self._checkpoint_every and version % self._checkpoint_every == 0)):
-                await self._checkpoint(version)
-                saved = version
+            if self._schedule.version != saved and (ends or self._is_checkpoint_due()):
+                saved = self._schedule.version
+                await self._checkpoint(saved)
             if ends:
                 return
+            await self._measure_if_due()
 
     async def _accumulate(self, instruction: Train) -> None:
         micro_batch = [self._pool.pop(rollout_id) for rollout_id in instruction.rollout_ids]
@@ -152,8 +157,7 @@ class Learner(Actor):
     async def _finish_step(self) -> None:
         version = self._schedule.version
         await self._schedule.wait_live(version)
-        due = self._is_evaluation_due(version + 1)
-        if due and self._hold:
+        if self._hold and self._is_measurement_due(version + 1):
             self._schedule.hold_admission()
         with span("learner.step", step=version + 1, version=version + 1) as facts:
             async with self._weights_lock:
@@ -180,19 +184,26 @@ class Learner(Actor):
         self._schedule.step_done()
         await self._versions.send(version + 1)
         self._step_rollouts, self._step_ages = [], []
-        if due:
-            await self._measure(version + 1)
 
-    def _is_evaluation_due(self, version: int) -> bool:
-        if self._evaluate is None:
+    def _is_checkpoint_due(self) -> bool:
+        version, every = self._schedule.version, self._checkpoint_every
+        return version == self._last_step or bool(every and version % every == 0)
+
+    def _is_measurement_due(self, version: int) -> bool:
+        if self._evaluate is None or version in self._measured:
             return False
-        return version in (0, self._last_step) or bool(self._evaluate_every and version % self._evaluate_every == 0)
+        every = self._evaluate_every
+        return version in (0, self._last_step) or bool(every and version % every == 0)
 
-    async def _measure(self, version: int) -> None:
+    async def _measure_if_due(self) -> None:
+        version = self._schedule.version
+        if not self._is_measurement_due(version):
+            return
         assert self._evaluate is not None
         await self._schedule.wait_live(version)
         # A run that was told to stop and whose grace has ended does not wait for a teacher that is away.
         await first_of(self._evaluate(version), self._schedule.wait_finished())
+        self._measured.add(version)
         if self._hold:
             self._schedule.release_admission()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.actor import Actor
+from engine.messages import Control, Drain
 from engine.schedule import Schedule
 from engine.transport.channel import Sender
 from engine.types import Prompt
@@ -14,7 +15,7 @@ class PromptFeeder(Actor):
     Produces: Prompt into ``prompts``
         waits for:     a free slot of the schedule; room in the channel
         unblocked by:  WeightSyncer (a version is live), whoever reports a failed rollout; Sampler.run receiving
-    Ends when the schedule needs no more.
+    Ends when the schedule needs no more. On ``Drain`` nothing more is admitted.
     """
 
     def __init__(self, name: str, *, prompts: Sender[Prompt], schedule: Schedule) -> None:
@@ -26,3 +27,7 @@ class PromptFeeder(Actor):
         while (prompt := await self._schedule.admit()) is not None:
             await self._prompts.send(prompt)
         self._prompts.close()
+
+    async def control(self, message: Control) -> None:
+        if isinstance(message, Drain):
+            self._schedule.drain()

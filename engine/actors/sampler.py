@@ -73,8 +73,7 @@ class Sampler(Actor):
         await self._generator.stop()
 
     async def _run_stream(self, lost: list[Prompt]) -> None:
-        tasks = InFlight(limit=self._concurrency)
-        try:
+        async with InFlight(limit=self._concurrency) as tasks:
             for prompt in lost:
                 await tasks.room()
                 tasks.start(self._answer(self._hold(prompt)))
@@ -85,11 +84,9 @@ class Sampler(Actor):
                 except EndOfChannel:
                     break
                 tasks.start(self._answer(self._hold(prompt)))
-            # The input ends when the run drains or is complete: the step under way may still need what is being
-            # sampled.
+            # The input ends when the run drains or is complete; the step under way may still need what is sampled.
             await first_of(tasks.join(), self._schedule.wait_finished())
-        finally:
-            await tasks.cancel()
+            tasks.cancel()
 
     async def _run_waves(self, wave: list[Prompt]) -> None:
         async def answer_waves() -> None:

@@ -58,8 +58,7 @@ class TeacherProxy(Actor):
         """Received and not yet sent on."""
 
     async def run(self) -> None:
-        tasks = InFlight(limit=self._concurrency)
-        try:
+        async with InFlight(limit=self._concurrency) as tasks:
             for rollout in list(self._held.values()):
                 await tasks.room()
                 tasks.start(self._score(rollout))
@@ -72,8 +71,7 @@ class TeacherProxy(Actor):
                 self._held[rollout.rollout_id] = rollout
                 tasks.start(self._score(rollout))
             await first_of(tasks.join(), self._schedule.wait_finished())
-        finally:
-            await tasks.cancel()
+            tasks.cancel()
         self._scored.close()
 
     async def stop(self) -> None:

@@ -320,40 +320,20 @@ async def test_drain_lets_every_actor_come_to_its_end(clock: ManualClock, settle
     waiting = asyncio.create_task(stage.supervisor.wait())
     await settle()
     stage.c.drains = False
-    draining = asyncio.create_task(stage.supervisor.drain("SIGTERM", 30.0))
+    stage.supervisor.tell(Drain(reason="SIGTERM"))
     await settle()
     assert stage.states() == [ActorState.STOPPED, ActorState.STOPPED, ActorState.DRAINING]
     stage.c.end()
 
-    assert await draining is True
     await waiting
     assert stage.a.heard == [Drain(reason="SIGTERM", grace_s=30.0)]
     assert stage.journal[-3:] == ["c stop", "b stop", "a stop"]
     assert_no_other_task()
 
 
-async def test_who_still_runs_when_the_grace_is_over_is_cancelled(clock: ManualClock, settle: Settle) -> None:
-    stage = Stage(clock, None)
-    await stage.supervisor.start_all()
-    waiting = asyncio.create_task(stage.supervisor.wait())
-    await settle()
-    stage.b.drains = False
-    with capture_logs() as lines:
-        draining = asyncio.create_task(stage.supervisor.drain("SIGTERM", 30.0))
-        await clock.advance(29)
-        assert not draining.done()
-        await clock.advance(1)
-
-    assert await draining is False
-    await waiting
-    assert [line["actor"] for line in lines if line["event"] == "actor.grace_expired"] == ["b"]
-    assert stage.states() == [ActorState.STOPPED] * 3
-    assert_no_other_task()
-
-
 async def test_a_drain_during_the_start_reaches_the_actors_when_they_run(clock: ManualClock, settle: Settle) -> None:
     stage = Stage(clock, None)
-    assert await stage.supervisor.drain("SIGTERM", 30.0) is True
+    stage.supervisor.tell(Drain(reason="SIGTERM"))
     await stage.supervisor.start_all()
     await stage.supervisor.wait()
 
@@ -366,13 +346,12 @@ async def test_an_actor_restarted_while_draining_is_told_to_drain_again(clock: M
     await stage.supervisor.start_all()
     waiting = asyncio.create_task(stage.supervisor.wait())
     await settle()
-    draining = asyncio.create_task(stage.supervisor.drain("SIGTERM", 30.0))
+    stage.supervisor.tell(Drain(reason="SIGTERM"))
     await settle()
     stage.b.end(GeneratorDied("in the middle of it"))
     stage.b.drains = True
     await clock.advance(1)
 
-    assert await draining is True
     await waiting
     assert stage.b.heard == [Drain(reason="SIGTERM", grace_s=30.0)] * 2
 
@@ -499,7 +478,6 @@ async def test_names_are_unique_and_nobody_joins_late(clock: ManualClock) -> Non
 async def test_a_supervisor_without_actors_has_nothing_to_wait_for(clock: ManualClock) -> None:
     supervisor = Supervisor(clock)
     await supervisor.start_all()
-    assert await supervisor.drain("nothing", 1.0) is True
     await supervisor.wait()
     assert supervisor.states() == ()
 
@@ -511,7 +489,6 @@ async def test_any_history_ends_with_one_stop_for_each_start_and_no_task(clock: 
     stage = Stage(clock, POLICY if dice.random() < 0.7 else None)
     actors = (stage.a, stage.b, stage.c)
     waiting: asyncio.Task[None] | None = None
-    draining: asyncio.Task[bool] | None = None
     for actor in actors:
         actor.drains = dice.random() < 0.7
     await stage.supervisor.start_all()
@@ -532,12 +509,12 @@ async def test_any_history_ends_with_one_stop_for_each_start_and_no_task(clock: 
                 waiting = asyncio.create_task(stage.supervisor.wait())
             case "cancel wait" if waiting is not None:
                 waiting.cancel()
-            case "drain" if draining is None:
-                draining = asyncio.create_task(stage.supervisor.drain("dice", 3.0))
+            case "drain":
+                stage.supervisor.tell(Drain(reason="dice"))
             case "bad start" if dice.random() < 0.3:
                 actor.on_start = raiser(GeneratorDied("will not start"))
     await stage.supervisor.stop()
-    await asyncio.gather(*filter(None, (waiting, draining)), return_exceptions=True)
+    await asyncio.gather(*filter(None, (waiting,)), return_exceptions=True)
 
     for name in "abc":
         turns = [line.split()[1] for line in stage.journal if line.startswith(name) and not line.endswith("run")]
