@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -38,12 +38,17 @@ class Node:
 
     SIGINT and SIGTERM admit nothing more, let the step under way finish within ``node.grace_s`` and write a checkpoint;
     a second one ends the process at once.
+
+    Args:
+        metrics: told of the channels, asked for its text.
+        on_start: called when every actor has started, and with them every library has been imported.
     """
 
-    def __init__(self, parts: Parts, built: Built, *, metrics: NodeMetrics) -> None:
+    def __init__(self, parts: Parts, built: Built, *, metrics: NodeMetrics, on_start: Callable[[], None]) -> None:
         self._parts = parts
         self._built = built
         self._metrics = metrics
+        self._on_start = on_start
         self._supervisor = Supervisor(parts.clock)
         for actor in built.actors:
             self._supervisor.add(actor, restart=built.restarts[actor.name])
@@ -72,6 +77,7 @@ class Node:
                     steps=recipe.steps,
                     rollouts_per_step=recipe.rollouts_per_step,
                     max_staleness=recipe.max_staleness,
+                    objective=recipe.objective.kind,
                     step=parts.schedule.version,
                     out=str(parts.run_dir.path),
                 )
@@ -80,6 +86,7 @@ class Node:
                 try:
                     with span("run.start"):
                         await self._supervisor.start_all()
+                    self._on_start()
                     await self._supervisor.wait()
                 finally:
                     await self._supervisor.stop()
