@@ -42,6 +42,7 @@ class SlowBackend:
                 top_ids=np.zeros((len(request.response_ids), request.top_k), np.int32),
                 top_logprobs=np.zeros((len(request.response_ids), request.top_k), np.float32),
                 sampled_logprobs=np.zeros(len(request.response_ids), np.float32),
+                extra_logprobs=None if request.extra_ids is None else np.zeros(request.extra_ids.shape, np.float32),
             )
             for request in requests
         ]

@@ -15,12 +15,9 @@ from teacher.local import LocalTeacher
 async def test_calls_that_come_together_load_the_model_once_and_share_a_batch(teacher_folder: Path) -> None:
     teacher = LocalTeacher(LocalTeacherConfig(model=str(teacher_folder)))
 
-    info, *answers = await asyncio.gather(
-        teacher.info(), *(teacher.score(prompt_ids=[1, 2], response_ids=[n, 3], top_k=2) for n in range(4))
-    )
+    answers = await asyncio.gather(*(teacher.score(prompt_ids=[1, 2], response_ids=[n, 3], top_k=2) for n in range(4)))
 
-    assert info.vocab_size == 384  # type: ignore[union-attr]
-    assert [answer.top_ids.shape for answer in answers] == [(2, 2)] * 4  # type: ignore[union-attr]
+    assert [answer.top_ids.shape for answer in answers] == [(2, 2)] * 4
     assert teacher.statistics().batches_total == 1
     await teacher.close()
 
@@ -29,7 +26,7 @@ async def test_a_folder_that_is_no_model_is_reported_by_every_call(tmp_path: Pat
     teacher = LocalTeacher(LocalTeacherConfig(model=str(tmp_path)))
 
     for _ in range(2):
-        with pytest.raises(ModelError, match="has no config.json"):
+        with pytest.raises(ModelError, match=r"has no config\.json"):
             await teacher.info()
     await teacher.close()
 
