@@ -16,38 +16,53 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from engine.training.packing import PackedBatch, pack, pad, split_by_budget, split_padded
+from engine.training.packing import PackedBatch, PaddedBatch, pack, pad, split_by_budget, split_padded
+from engine.training.tree_attention import Tree, tree_of
 from engine.transport.handoff import Uploader, consume
 from engine.types import ScoredRollout
 from ops import TeacherScores
 from teacher.protocol import Scores
 
-Layout = Literal["packed", "padded", "single"]
-"""One trie; rows of similar length; one rollout at a time."""
+PAD_ID = 0
+"""What fills padded rows: in every vocabulary, and never attended to."""
+
+Layout = Literal["tree", "packed", "padded", "single"]
+"""One trie with attention by branch; one trie with a mask; rows of similar length; one rollout at a time."""
 
 Scored = Sequence[ScoredRollout[Scores]]
 
 
 @dataclass(frozen=True, eq=False)
-class StudentBatch:
-    """One forward pass; all tensors on the student's device."""
+class ModelInputs:
+    """What the student sees of a batch; all tensors on its device."""
 
     token_ids: Tensor
     """[rows, L] int64"""
     position_ids: Tensor
     """[rows, L] int64"""
-    mask: Tensor | None
-    """None: causal. Packed: [1, 1, N, N] bool, True where attention goes. Padded: [rows, L] bool, False at padding."""
+    mask: Tensor | None = None
+    """None: causal, or ``tree``. Packed: [1, 1, N, N] bool, True where attention goes. Padded: [rows, L] bool, False at
+    padding."""
+    tree: Tree | None = None
+    """Only of layout "tree"."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed, padding included."""
+        return self.token_ids.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class StudentBatch:
+    """One forward pass and what it is compared with; all tensors on the student's device."""
+
+    inputs: ModelInputs
     rows: Tensor
     """[T] int64: for each response token, in the order of the rollouts, the flattened position that predicts it."""
     lengths: tuple[int, ...]
     """[B] response tokens of each rollout."""
     scores: TeacherScores
     """[T] rows."""
-
-    @property
-    def num_computed_tokens(self) -> int:
-        return self.token_ids.numel()
 
 
 def check(scored: Scored) -> None:
@@ -82,41 +97,52 @@ def split(scored: Scored, *, layout: Layout, budget: int) -> list[list[int]]:
         ValueError: one rollout alone is over the budget.
     """
     sequences = [_inputs(item) for item in scored]
-    if layout == "packed":
+    if layout in ("tree", "packed"):
         return split_by_budget(sequences, budget)
     lengths = [len(sequence) for sequence in sequences]
     groups = split_padded(lengths, budget)
     return groups if layout == "padded" else [[i] for group in groups for i in group]
 
 
-def make_batch(scored: Scored, *, layout: Layout, pad_id: int, uploader: Uploader) -> StudentBatch:
-    """Lay the rollouts out for one forward pass, on the device of ``uploader``."""
-    sequences = [_inputs(item) for item in scored]
-    lengths = tuple(item.rollout.num_tokens for item in scored)
-    batch = pack(sequences) if layout == "packed" else pad(sequences, pad_id=pad_id)
-    rows = np.concatenate([index[-length:] for index, length in zip(batch.index, lengths, strict=True)])
-    mask: npt.NDArray[np.bool_] | None
-    if isinstance(batch, PackedBatch):
-        token_ids, position_ids = batch.token_ids[None], batch.position_ids[None]
-        is_chain = bool((batch.end == batch.num_tokens).all())
-        mask = None if is_chain else batch.mask()[None, None]
-    else:
-        token_ids, position_ids = batch.token_ids, batch.position_ids
+def lay_out(sequences: Sequence[Sequence[int]], layout: Layout) -> PackedBatch | PaddedBatch:
+    """The sequences as the model will see them; ``index`` says where each of them went."""
+    return pack(sequences) if layout in ("tree", "packed") else pad(sequences, pad_id=PAD_ID)
+
+
+def upload(
+    batch: PackedBatch | PaddedBatch, *others: npt.NDArray[np.generic], layout: Layout, uploader: Uploader
+) -> tuple[ModelInputs, tuple[Tensor, ...]]:
+    """Bring a batch, and other arrays with it, to the device in one go."""
+    mask: npt.NDArray[np.bool_] | None = None
+    tree = None
+    token_ids, position_ids = batch.token_ids, batch.position_ids
+    if isinstance(batch, PaddedBatch):
         mask = None if batch.mask.all() else batch.mask
-    arrays = [token_ids, position_ids, rows, *_score_arrays(scored), *(() if mask is None else (mask,))]
-    tokens_, positions_, rows_, top_ids, top_logprobs, sampled_ids, sampled_logprobs, *masks = consume(
-        uploader.upload(arrays)
+    else:
+        token_ids, position_ids = token_ids[None], position_ids[None]
+        is_branched = bool((batch.end != batch.num_tokens).any())
+        if is_branched and layout == "tree":
+            tree = tree_of(batch, device=uploader.device)
+        elif is_branched:
+            mask = batch.mask()[None, None]
+    arrays = [token_ids, position_ids, *others, *(() if mask is None else (mask,))]
+    tokens, positions, *rest = consume(uploader.upload(arrays))
+    inputs = ModelInputs(token_ids=tokens, position_ids=positions, mask=None if mask is None else rest[-1], tree=tree)
+    return inputs, tuple(rest[: len(others)])
+
+
+def make_batch(scored: Scored, *, layout: Layout, uploader: Uploader) -> StudentBatch:
+    """Lay the rollouts out for one forward pass, on the device of ``uploader``."""
+    lengths = tuple(item.rollout.num_tokens for item in scored)
+    batch = lay_out([_inputs(item) for item in scored], layout)
+    rows = np.concatenate([index[-length:] for index, length in zip(batch.index, lengths, strict=True)])
+    inputs, (rows_T, top_ids, top_logprobs, sampled_ids, sampled_logprobs) = upload(
+        batch, rows, *_score_arrays(scored), layout=layout, uploader=uploader
     )
-    return StudentBatch(
-        token_ids=tokens_,
-        position_ids=positions_,
-        mask=masks[0] if masks else None,
-        rows=rows_,
-        lengths=lengths,
-        scores=TeacherScores(
-            top_ids=top_ids, top_logprobs=top_logprobs, sampled_ids=sampled_ids, sampled_logprobs=sampled_logprobs
-        ),
+    scores = TeacherScores(
+        top_ids=top_ids, top_logprobs=top_logprobs, sampled_ids=sampled_ids, sampled_logprobs=sampled_logprobs
     )
+    return StudentBatch(inputs=inputs, rows=rows_T, lengths=lengths, scores=scores)
 
 
 def _inputs(item: ScoredRollout[Scores]) -> tuple[int, ...]:

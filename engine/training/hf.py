@@ -42,9 +42,6 @@ from ops import (
 )
 from teacher.protocol import Scores
 
-PAD_ID = 0
-"""What fills padded rows: in every vocabulary, and never attended to."""
-
 _OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 
 
@@ -87,7 +84,7 @@ class HFTrainer:
         for number, (group, batch) in enumerate(self._batches(micro_batch)):
             with self._randomness("train", self._step.num_micro_batches, number):
                 out = self._forward_backward(batch)
-            num_computed += batch.num_computed_tokens
+            num_computed += batch.inputs.num_tokens
             self._step.add(out)
             for i, values in zip(group, _by_rollout(out.values, batch), strict=True):
                 losses[i] = float(values.sum())
@@ -198,27 +195,29 @@ class HFTrainer:
         student = loaded.student
         for group in batches.split(scored, layout=student.layout, budget=self._config.micro_batch_tokens):
             chosen = [scored[i] for i in group]
-            yield group, batches.make_batch(chosen, layout=student.layout, pad_id=PAD_ID, uploader=loaded.uploader)
+            yield group, batches.make_batch(chosen, layout=student.layout, uploader=loaded.uploader)
 
     def _forward(self, objective: Objective, batch: StudentBatch) -> Divergence:
         """Values and metrics without gradient; the caller has switched autograd off."""
         student, block_rows = self._loaded.student, self._config.block_rows
-        if student.head is None:
-            return divergence(objective, student.logits(batch), batch.scores, block_rows=block_rows)
         head = student.head
-        return linear_divergence(
-            objective, student.hidden(batch), head.weight, batch.scores, head.bias, block_rows=block_rows
-        )
+        if head is None:
+            logits = student.logits(batch.inputs).index_select(0, batch.rows)
+            return divergence(objective, logits, batch.scores, block_rows=block_rows)
+        hidden = student.hidden(batch.inputs).index_select(0, batch.rows)
+        return linear_divergence(objective, hidden, head.weight, batch.scores, head.bias, block_rows=block_rows)
 
     def _forward_backward(self, batch: StudentBatch) -> Divergence:
         """Adds the gradient of the sum of the values to the parameters'."""
         student, block_rows = self._loaded.student, self._config.block_rows
-        if student.head is None:
-            out = divergence(self._objective, student.logits(batch), batch.scores, block_rows=block_rows)
+        head = student.head
+        if head is None:
+            logits = student.logits(batch.inputs).index_select(0, batch.rows)
+            out = divergence(self._objective, logits, batch.scores, block_rows=block_rows)
             if self._is_usable(out.values):
                 out.values.sum().backward()  # type: ignore[no-untyped-call]
             return out
-        hidden, head = student.hidden(batch), student.head
+        hidden = student.hidden(batch.inputs).index_select(0, batch.rows)
         hidden_grad = torch.empty_like(hidden)
         out = linear_divergence_with_gradients(
             self._objective,

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.errors import ModelError
 from engine.recipe import Dtype, LearnerConfig, StudentConfig
-from engine.training.batch import Layout, StudentBatch
+from engine.training.batch import Layout, ModelInputs, lay_out, upload
 from engine.training.embedding import RowGradEmbedding
 from engine.training.packing import packing_obstacle, rope_obstacle
+from engine.training.tree_attention import NAME as TREE_ATTENTION
+from engine.transport.handoff import Uploader
 
 DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -33,60 +35,54 @@ class Student:
     step depend on how it is cut into micro-batches.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout, head: nn.Linear | None, autocast: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout, autocast: bool) -> None:
         self.model = model
         self.layout: Layout = layout
-        self.head = head
+        self.head = _linear_head(model)
         """The output layer, when logits are just this linear layer of the last hidden state; else None."""
-        self._autocast = autocast
-        self._additive_mask = model.config._attn_implementation != "sdpa"
-        self.parameters: tuple[nn.Parameter, ...] = tuple(model.parameters())
+        self.is_autocast = autocast and model.device.type == "cuda"
+        self._additive_mask = model.config._attn_implementation not in ("sdpa", TREE_ATTENTION)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether hidden states carry float32's digits."""
+        return self.model.dtype == torch.float32 and not self.is_autocast
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def hidden(self, batch: StudentBatch) -> Tensor:
-        """[T, D]: last hidden state at ``batch.rows``."""
-        with self._precision():
-            out = _trunk(self.model)(
-                input_ids=batch.token_ids,
-                position_ids=batch.position_ids,
-                attention_mask=self._attention_mask(batch),
-                use_cache=False,
-            ).last_hidden_state
-        selected: Tensor = out.flatten(0, 1).index_select(0, batch.rows)
-        return selected
+    def hidden(self, inputs: ModelInputs) -> Tensor:
+        """[rows · L, D]: the last hidden states."""
+        hidden: Tensor = self._run(_trunk(self.model), inputs).last_hidden_state
+        return hidden.flatten(0, 1)
 
-    def logits(self, batch: StudentBatch) -> Tensor:
-        """[T, V]: the model's own logits at ``batch.rows``, for heads that are more than a linear layer."""
-        with self._precision():
-            out = self.model(
-                input_ids=batch.token_ids,
-                position_ids=batch.position_ids,
-                attention_mask=self._attention_mask(batch),
-                use_cache=False,
-            ).logits
-        selected: Tensor = out.flatten(0, 1).index_select(0, batch.rows)
-        return selected
+    def logits(self, inputs: ModelInputs) -> Tensor:
+        """[rows · L, V]: the model's own logits, for heads that are more than a linear layer."""
+        logits: Tensor = self._run(self.model, inputs).logits
+        return logits.flatten(0, 1)
 
-    def _attention_mask(self, batch: StudentBatch) -> Tensor | None:
-        mask = batch.mask
+    def _run(self, module: Any, inputs: ModelInputs) -> Any:
+        options: dict[str, Any] = {} if inputs.tree is None else {"tree": inputs.tree}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_autocast):
+            return module(
+                input_ids=inputs.token_ids,
+                position_ids=inputs.position_ids,
+                attention_mask=self._attention_mask(inputs),
+                use_cache=False,
+                **options,
+            )
+
+    def _attention_mask(self, inputs: ModelInputs) -> Tensor | None:
+        mask = inputs.mask
         if mask is None or mask.dim() == 2 or not self._additive_mask:
             return mask
-        dtype = torch.bfloat16 if self._autocast and self.device.type == "cuda" else self.model.dtype
+        dtype = torch.bfloat16 if self.is_autocast else self.model.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-    def _precision(self) -> torch.autocast:
-        enabled = self._autocast and self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path) -> Student:
     """Load ``folder`` and find out how it can be run; gradients of all parameters are there and zero.
-
-    Args:
-        student: dtype and trust; its path is only for messages when ``folder`` is a checkpoint.
 
     Raises:
         ModelError: the folder is missing, broken, not a causal language model, its device is not there, or it cannot be
@@ -94,26 +90,60 @@ def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path)
     """
     model = _read(student, config, folder)
     _silence_dropout(model, checkpointing=config.gradient_checkpointing)
-    longest = config.micro_batch_tokens
-    text_config = model.config.get_text_config()
-    layout: Layout = config.packing
-    if layout == "packed":
-        obstacle = packing_obstacle(text_config, longest=longest)
-        if obstacle is not None:
-            raise ModelError(
-                f"student {str(folder)!r} cannot run packed: {obstacle}; set learner.packing=padded, "
-                "which suits any model"
-            )
-    elif rope_obstacle(text_config) is not None:
-        layout = "single"
-    result = Student(model, layout=layout, head=_linear_head(model), autocast=config.autocast)
-    for parameter in result.parameters:
+    if config.packing == "packed":
+        result = _packed(model, config, where=f"student {str(folder)!r}")
+    else:
+        is_alone = rope_obstacle(model.config.get_text_config()) is not None
+        result = Student(model, layout="single" if is_alone else "padded", autocast=config.autocast)
+    for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = torch.zeros_like(parameter)
     embedding = model.get_input_embeddings()
     if model.device.type == "cpu" and RowGradEmbedding.can_replace(embedding):
         model.set_input_embeddings(RowGradEmbedding.sharing(embedding))
     return result
+
+
+def _packed(model: PreTrainedModel, config: LearnerConfig, *, where: str) -> Student:
+    """The fastest packed layout in which the model computes what it computes for single sequences."""
+    obstacle = packing_obstacle(model.config.get_text_config(), longest=config.micro_batch_tokens)
+    attention = model.config._attn_implementation
+    if obstacle is None and attention == "sdpa" and model.device.type == "cpu":
+        model.set_attn_implementation(TREE_ATTENTION)
+        by_branch = Student(model, layout="tree", autocast=config.autocast)
+        if model.config._attn_implementation == TREE_ATTENTION and _packs_rightly(by_branch):
+            return by_branch
+        model.set_attn_implementation(attention)
+    if obstacle is None:
+        by_mask = Student(model, layout="packed", autocast=config.autocast)
+        if _packs_rightly(by_mask):
+            return by_mask
+        obstacle = "its hidden states for packed sequences differ from those for separate ones"
+    raise ModelError(f"{where} cannot run packed: {obstacle}; set learner.packing=padded, which suits any model")
+
+
+@torch.no_grad()
+def _packs_rightly(student: Student) -> bool:
+    """Whether a small branched trie gives the hidden states of its sequences one by one."""
+    uploader = Uploader(student.device)
+    num_ids = student.model.config.get_text_config().vocab_size
+    # Two that share a prefix, and a shorter one that shares nothing.
+    sequences = [[token_id % num_ids for token_id in ids] for ids in ((1, 2, 3, 4, 5), (1, 2, 6, 7), (8, 9, 10))]
+    plain = Student(student.model, layout="single", autocast=student.is_autocast)
+    batch = lay_out(sequences, student.layout)
+    try:
+        packed = student.hidden(upload(batch, layout=student.layout, uploader=uploader)[0])
+    except Exception:  # whatever a model does with arguments that it does not know: this layout is not for it
+        return False
+    for sequence, index in zip(sequences, batch.index, strict=True):
+        alone = lay_out([sequence], "single")
+        expected = plain.hidden(upload(alone, layout="single", uploader=uploader)[0]).float()
+        found = packed[torch.from_numpy(index).to(student.device)].float()
+        # A wrong mask is off by a tenth of the spread and more; rounding by 1e-6, in half precision 1e-2.
+        tolerance = (1e-3 if student.is_exact else 0.05) * float(expected.std())
+        if not float((found - expected).abs().max()) <= tolerance:
+            return False
+    return True
 
 
 def _read(student: StudentConfig, config: LearnerConfig, folder: Path) -> PreTrainedModel:

@@ -82,7 +82,7 @@ class Trainer(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write ``student/`` (Hugging Face format with tokenizer) and ``trainer/`` (optimizer, step) under ``folder``."""
+        """Write ``student/`` (Hugging Face format, tokenizer) and ``trainer/`` (optimizer, step) under ``folder``."""
         ...
 
     def load(self, folder: Path) -> None:

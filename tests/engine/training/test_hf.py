@@ -397,7 +397,7 @@ def test_randomness_inside_a_model_is_a_function_of_seed_and_step(llama: Path, m
     monkeypatch.setattr(LlamaMLP, "forward", noisy)
     reports: list[StepReport] = []
     for _ in range(2):
-        trainer = started(llama)
+        trainer = started(llama, packing="padded")
         torch.manual_seed(len(reports))
         before = torch.get_rng_state()
         reports.append(run_step(trainer, [make_step()]))
@@ -423,6 +423,45 @@ def test_eager_attention_packs_too(tmp_path: Path, arch: Arch, monkeypatch: pyte
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", eager_only)
     trainer = started(folder)
     assert run_step(trainer, [make_step()]).loss == pytest.approx(plain.step(make_step())[0], rel=2e-6)
+
+
+def test_packed_models_attend_branch_by_branch_where_they_can(model: Path) -> None:
+    assert started(model)._loaded.student.layout == "tree"
+
+
+def test_a_model_that_drops_the_tree_on_its_way_is_packed_with_a_mask(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would attend across branches; the trial at the start sees that."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+
+    def deaf(self: LlamaDecoderLayer, *args: Any, tree: object = None, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", deaf)
+    trainer, plain = started(llama), PlainTrainer(llama)
+
+    assert trainer._loaded.student.layout == "packed"
+    assert run_step(trainer, [make_step()]).loss == pytest.approx(plain.step(make_step())[0], rel=2e-6)
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused_for_packed(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    original = LlamaMLP.forward
+
+    def recurrent(self: LlamaMLP, x: Tensor) -> Tensor:
+        out: Tensor = original(self, x + x.cumsum(dim=1))  # type: ignore[no-untyped-call]
+        return out
+
+    monkeypatch.setattr(LlamaMLP, "forward", recurrent)
+
+    with pytest.raises(ModelError, match=r"cannot run packed: its hidden states .*set learner.packing=padded"):
+        make_trainer(llama).start()
 
 
 def _parameter(trainer: HFTrainer, name: str) -> nn.Parameter:
