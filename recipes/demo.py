@@ -2,10 +2,11 @@
 
     python -m recipes.demo [--port N] [-- ] [what `python -m engine.run` takes]
 
-The teacher is up when ``/readyz`` says so; only then does the run start. A teacher that dies is started again (the run
-waits for it and loses nothing). Signals go to the run, one for one: the first has it drain and checkpoint, a second
-stops it at once; the teacher stays up until the run has ended, since a drain needs it. Ends with the run's exit code,
-with 2 when the teacher cannot be started, with 128 + N when signal N came before the run began.
+The teacher is up when ``/readyz`` says so; only then does the run start. A teacher that dies is reported
+with the line that starts it again: the run waits for it and loses nothing. Signals go to the run, one for one: the
+first has it drain and checkpoint, a second stops it at once; the teacher stays up until the run has ended, since a
+drain needs it. Ends with the run's exit code, with 2 when the teacher cannot be started, with 128 + N when signal N
+came before the run began.
 
 Needs the models (``python -m recipes.smollm2_models``) and decides nothing about training: ``recipes/smollm2.py`` does.
 """
@@ -28,12 +29,13 @@ from types import FrameType
 RECIPE = "recipes/smollm2.py"
 TEACHER_MODEL = Path("models/smollm2/teacher")
 TEACHER_LOG = Path("runs/teacher.log")
+TEACHER_OPTIONS = ("--max-top-k", "4096")
+"""As wide as the held-out measurement of the recipe asks for."""
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 READY_WITHIN_S = 300.0
 POLL_S = 0.25
 STOP_WITHIN_S = 20.0
-MAX_RESTARTS = 5
 FORWARDED = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
 """What comes in here, and what the run gets for it: a closed terminal asks it to stop like anybody else."""
 
@@ -86,6 +88,9 @@ class TeacherProcess:
         self._url = f"http://{HOST}:{port}/readyz"
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+
+    def __str__(self) -> str:
+        return shlex.join(["python", *self._command[1:]])
 
     def start(self) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, for_run = parser.parse_known_args(argv)
     port: int = arguments.port
     teacher = TeacherProcess(
-        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port)],
+        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port), *TEACHER_OPTIONS],
         port=port,
         log=TEACHER_LOG,
     )
@@ -218,17 +223,16 @@ def run(command: Sequence[str], *, teacher: TeacherProcess, signals: Signals) ->
     """
     # A process group of its own: the terminal's Ctrl-C comes here, and from here to the run exactly once.
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, process_group=0)
-    restarts = 0
+    is_teacher_up = True
     while True:
         try:
             code = process.wait(POLL_S)
         except subprocess.TimeoutExpired:
             for signum in signals.take():
                 process.send_signal(FORWARDED[signum])
-            if restarts < MAX_RESTARTS and (ended := teacher.wait(0.0)) is not None:
-                restarts += 1
-                say(f"demo: the teacher ended with code {ended}; starting it again ({restarts} of {MAX_RESTARTS})")
-                teacher.start()
+            if is_teacher_up and (ended := teacher.wait(0.0)) is not None:
+                is_teacher_up = False
+                say(f"demo: the teacher ended with code {ended}; the run waits, start another one with: {teacher}")
             continue
         return code if code >= 0 else 128 - code
 

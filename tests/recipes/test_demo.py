@@ -139,18 +139,14 @@ def test_a_run_that_a_signal_killed_is_told_as_a_shell_tells_it(tmp_path: Path, 
     assert demo.end() == (137, "")
 
 
-def test_a_teacher_that_is_killed_is_started_again(tmp_path: Path, demos: list[Demo]) -> None:
-    run = """
-        import os, pathlib, signal, sys
-        pids = pathlib.Path(sys.argv[1])
-        os.kill(int(pids.read_text()), signal.SIGKILL)
-        while len(pids.read_text().split()) < 2:
-            signal.sigtimedwait([], 0.02)
-    """
-    demo = start(demos, tmp_path, run=run)
+def test_a_teacher_that_is_killed_is_reported_with_what_starts_another(tmp_path: Path, demos: list[Demo]) -> None:
+    demo = start(demos, tmp_path, run=WAITS.format(count=1))
+    demo.wait_for("run is up")
+    os.kill(int(demo.pids.read_text()), signal.SIGKILL)
 
-    demo.wait_for("ended with code -9; starting it again (1 of 5)")
-    assert demo.end() == (0, "")
+    demo.wait_for("the teacher ended with code -9; the run waits, start another one with: python ")
+    demo.process.send_signal(signal.SIGTERM)
+    assert demo.end() == (3, "")
 
 
 def test_a_teacher_that_cannot_start_is_reported_with_its_last_words(tmp_path: Path, demos: list[Demo]) -> None:
