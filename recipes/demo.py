@@ -29,8 +29,6 @@ from types import FrameType
 RECIPE = "recipes/smollm2.py"
 TEACHER_MODEL = Path("models/smollm2/teacher")
 TEACHER_LOG = Path("runs/teacher.log")
-TEACHER_OPTIONS = ("--max-top-k", "4096")
-"""As wide as the held-out measurement of the recipe asks for."""
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 READY_WITHIN_S = 300.0
@@ -160,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, for_run = parser.parse_known_args(argv)
     port: int = arguments.port
     teacher = TeacherProcess(
-        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port), *TEACHER_OPTIONS],
+        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port)],
         port=port,
         log=TEACHER_LOG,
     )

@@ -4,7 +4,7 @@ The student is the teacher without six of its thirty layers. Cut like that it sp
 repairs it. The teacher runs as its own process:
 
     python -m recipes.smollm2_models --out models/smollm2
-    python -m teacher --model models/smollm2/teacher --port 8765 --max-top-k 4096 &
+    python -m teacher --model models/smollm2/teacher --port 8765 &
     python -m engine.run recipes/smollm2.py
 
 or all of it, and the stopping afterwards: ``make demo``.

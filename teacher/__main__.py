@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-threads", type=_positive, metavar="N", help="CPU threads of the model; not set: torch's choice")
     add("--max-batch-tokens", type=_positive, default=2048, metavar="N", help="token positions of one forward pass")
     add("--block-rows", type=_positive, default=128, metavar="N", help="full-vocabulary rows held at a time")
-    add("--max-top-k", type=_positive, default=1024, metavar="N", help="largest top_k, and extra ids per token")
+    add("--max-top-k", type=_positive, default=8192, metavar="N", help="largest top_k, and extra ids per token")
     add("--max-length", type=_positive, metavar="N", help="prompt and response tokens; not set: the model's limit")
     add("--max-queue", type=_positive, default=256, metavar="N", help="requests that may wait; then 429")
     add("--max-request-bytes", type=_positive, default=16 << 20, metavar="N", help="of one body; then 413")
