@@ -137,6 +137,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
     except BaseException:
         ledger.close()
         raise
+    syncer_worker = Worker("weight_syncer")
     generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
     return Parts(
         recipe=recipe,
@@ -154,6 +155,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         teacher=_teacher(recipe),
         params=sampling_params(recipe, inputs.student),
         learner_worker=Worker("learner"),
+        syncer_worker=syncer_worker,
         weights_lock=weights_lock,
         push_weights=WeightPush(
             generator=generator,
@@ -161,6 +163,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
             schedule=schedule,
             config=recipe.weights,
             weights_lock=weights_lock,
+            worker=syncer_worker,
         ),
     )
 
@@ -332,7 +335,14 @@ def _learner(ports: Ports) -> Actor:
 
 
 def _weight_syncer(ports: Ports) -> Actor:
-    return WeightSyncer(ports.name, versions=ports.input, schedule=ports.parts.schedule, push=ports.parts.push_weights)
+    parts = ports.parts
+    return WeightSyncer(
+        ports.name,
+        versions=ports.input,
+        schedule=parts.schedule,
+        push=parts.push_weights,
+        worker=parts.syncer_worker,
+    )
 
 
 def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:

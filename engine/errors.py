@@ -12,6 +12,7 @@
     * TeacherUnavailable                this attempt failed; another one may succeed
         * TeacherOverloaded             429: come back after ``retry_after_s``
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
+    * WeightsMismatch                   a generator received other bits than the learner sent
     * GeneratorDied                     the engine that held rollouts is gone
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
     * ActorFailed                       an actor failed for good, so the run ends; names actor and cause
@@ -100,6 +101,10 @@ def _rebuild_overloaded(message: str, retry_after_s: float) -> TeacherOverloaded
 
 class NonFiniteError(EngineError, ArithmeticError):
     """Loss or gradient is not finite; the offending rollouts have been saved."""
+
+
+class WeightsMismatch(EngineError):
+    """What a generator received does not have the digest of the version; it goes on with the version that it has."""
 
 
 class GeneratorDied(EngineError):

@@ -40,6 +40,8 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     learner_worker: Worker
     """The one thread in which the trainer is called."""
+    syncer_worker: Worker
+    """The thread in which versions are digested on their way out."""
     weights_lock: asyncio.Lock
     """Held while weights are read to travel, and while the optimizer changes them."""
     push_weights: Callable[[], Awaitable[None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from engine.actor import Actor
+from engine.actor import Actor, Worker
 from engine.generation.protocol import Generator
 from engine.recipe import WeightsConfig
 from engine.schedule import Schedule
@@ -19,7 +19,8 @@ class WeightPush:
     again.
 
     The learner goes on with the next step's forward and backward while a version travels: those only read the weights.
-    ``weights_lock`` keeps its optimizer away until the last tensor is copied.
+    ``weights_lock`` keeps its optimizer away until the last tensor is copied. ``worker`` is where the digest is made:
+    not the learner's thread, which is busy.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class WeightPush:
         schedule: Schedule,
         config: WeightsConfig,
         weights_lock: asyncio.Lock,
+        worker: Worker,
     ) -> None:
+        self._worker = worker
         self._generator = generator
         self._trainer = trainer
         self._schedule = schedule
@@ -41,10 +44,11 @@ class WeightPush:
         """Return when the generator holds them and the schedule knows."""
         async with self._weights_lock:
             version = self._trainer.version
-            with span("weights.push", version=version):
-                await self._generator.update_weights(
-                    version, self._trainer.export(bucket_bytes=self._config.bucket_bytes), config=self._config
-                )
+            with span("weights.push", version=version) as facts:
+                digest = await self._worker.call(self._trainer.digest)
+                buckets = self._trainer.export(bucket_bytes=self._config.bucket_bytes)
+                await self._generator.update_weights(version, buckets, config=self._config, digest=digest)
+                facts.add(digest=digest)
         self._schedule.weights_live(version)
 
 
@@ -63,14 +67,19 @@ class WeightSyncer(Actor):
         versions: Receiver[int],
         schedule: Schedule,
         push: Callable[[], Awaitable[None]],
+        worker: Worker,
     ) -> None:
         super().__init__(name)
         self._versions = versions
         self._schedule = schedule
         self._push = push
+        self._worker = worker
 
     async def run(self) -> None:
         async for version in self._versions:
             # A restarted sampler may have loaded this version already.
             if self._schedule.live < version:
                 await self._push()
+
+    async def stop(self) -> None:
+        await self._worker.close()

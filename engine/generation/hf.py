@@ -115,19 +115,22 @@ class HFGenerator:
         if ticket is not None:
             self._give_up(ticket, Aborted(f"request {request_id} was aborted"))
 
-    async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
+    async def update_weights(
+        self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig, digest: str | None = None
+    ) -> None:
         """As the protocol says. One at a time, in order of calls; cancelled before the switch, it does not happen.
 
         Raises:
             ValueError: a name or shape that the model does not have, parameters that are missing, or a version below
                 the present one. The present weights stay whole.
+            WeightsMismatch: what came has another digest. The present weights stay whole.
             GeneratorDied: the engine is gone.
         """
         async with self._updating:
             self._check_alive()
             if version < self._version:
                 raise ValueError(f"weights: version {version} is older than version {self._version}, which is live")
-            staged = await self._stage(buckets)
+            staged = await self._stage(buckets, digest)
             thread = self._check_alive()
             self._switched = asyncio.get_running_loop().create_future()
             thread.inbox.put(Switch(version, staged, config))
@@ -263,7 +266,7 @@ class HFGenerator:
 
     # Weights.
 
-    async def _stage(self, buckets: Iterable[Bucket]) -> Staged:
+    async def _stage(self, buckets: Iterable[Bucket], digest: str | None) -> Staged:
         """Copy in the worker thread. Returns or raises only when that thread has let go of ``buckets``."""
         thread, copier, loaded = self._thread, self._copier, self._loaded
         assert copier is not None
@@ -274,7 +277,7 @@ class HFGenerator:
             return not is_cancelled and self._thread is thread
 
         copying = asyncio.get_running_loop().run_in_executor(
-            copier, lambda: loaded.result().staging.stage(buckets, is_wanted=is_wanted)
+            copier, lambda: loaded.result().staging.stage(buckets, digest=digest, is_wanted=is_wanted)
         )
         try:
             return await asyncio.shield(copying)

@@ -16,6 +16,11 @@ _MIN_ELEMENTS = 1 << 16
 """Of a weight: below this, oneDNN's 15 µs per call are more than packing saves."""
 
 
+_MAX_TERMS = 1024
+"""Of one fp32 sum. oneDNN adds up a row in one go: over 1,536 terms its rounding is twice that of the plain layer, and
+the log-probabilities of a 24-layer model were off by 9e-5; in two halves they are as exact as the plain model's."""
+
+
 class PackedLinear(nn.Module):
     """Computes what ``linear`` does. It has no parameter ``weight``: ``pack`` makes what is assigned to ``packed``."""
 
@@ -24,16 +29,25 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
         self.bias = linear.bias
+        num_parts = -(-linear.in_features // _MAX_TERMS)
+        self._width = -(-linear.in_features // num_parts)
         self.packed = self.pack(linear.weight)
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """[out_features, in_features] in oneDNN's own order; opaque, of no use but in ``forward``."""
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous())
-        return packed
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """[out_features, in_features] by columns in oneDNN's own order; opaque, of no use but in ``forward``."""
+        parts = weight.detach().to(self.dtype).split(self._width, dim=1)
+        return tuple(torch.ops.mkldnn._reorder_linear_weight(part.contiguous()) for part in parts)
 
     def forward(self, rows: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return product
+        total: Tensor = _multiply(rows[..., : self._width], self.packed[0], self.bias)
+        for number, part in enumerate(self.packed[1:], start=1):
+            total += _multiply(rows[..., number * self._width : (number + 1) * self._width], part, None)
+        return total
+
+
+def _multiply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return product
 
 
 def pack_linears(model: nn.Module, *, device: torch.device) -> Mapping[str, nn.Linear]:

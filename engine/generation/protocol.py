@@ -98,13 +98,19 @@ class Generator(Protocol):
         """Give up one open request; unknown ids are ignored."""
         ...
 
-    async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
+    async def update_weights(
+        self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig, digest: str | None = None
+    ) -> None:
         """Become ``version``: returns when the next token of every sequence will come from the new weights.
 
         ``buckets`` is consumed in a worker thread; every tensor is copied. With ``config.mode="drain"`` the switch
         waits until all running sequences have ended, and no new one begins before it.
 
+        Args:
+            digest: of all tensors in the order of the buckets (``engine.transport.manifest``); None: not compared.
+
         Raises:
+            WeightsMismatch: what came has another digest; the present weights stay.
             ValueError: a name or shape that the model does not have.
         """
         ...

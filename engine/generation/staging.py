@@ -13,8 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from engine.errors import WeightsMismatch
 from engine.generation.packed import PackedLinear
 from engine.generation.protocol import Bucket
+from engine.transport.manifest import WeightDigest
 
 Staged = frozenset[int]
 """Which groups of the model's tensors a staged version brings."""
@@ -53,21 +55,26 @@ class StagingArea:
         self._places = [_places(model, group) for group in groups]
         self._device = device
 
-    def stage(self, buckets: Iterable[Bucket], *, is_wanted: Callable[[], bool]) -> Staged:
+    def stage(self, buckets: Iterable[Bucket], *, is_wanted: Callable[[], bool], digest: str | None = None) -> Staged:
         """Copy a version aside. Called in a worker thread while the model decodes.
 
         Args:
             is_wanted: asked before each bucket; False ends the copying early.
+            digest: what all tensors must amount to; None: not compared.
 
         Raises:
             ValueError: a name or shape that the model does not have, or parameters that are missing.
+            WeightsMismatch: what came has another digest.
         """
         staged: set[int] = set()
+        received = WeightDigest()
         for bucket in buckets:
             if not is_wanted():
                 return frozenset(staged)
             for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
                 staged.add(self._copy(name, tensor))
+                if digest is not None:
+                    received.add(name, tensor)
             if self._device.type == "cuda":
                 # The sender may overwrite the bucket as soon as it is asked for the next one.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -76,6 +83,11 @@ class StagingArea:
             raise ValueError(
                 f"weights: {len(missing)} parameters did not come, among them {missing[0]!r}; a version is all of them "
                 "(tied ones once), or old and new would mix"
+            )
+        if digest is not None and received.hexdigest() != digest:
+            raise WeightsMismatch(
+                f"weights: what came has digest {received.hexdigest()}, the version has {digest}; they were changed while "
+                "they travelled, so the generator keeps what it has"
             )
         return frozenset(staged)
 
@@ -129,7 +141,7 @@ class _PackedPlace:
 
     def __init__(self, linear: PackedLinear) -> None:
         self._linear = linear
-        self._spare: Tensor | None = None
+        self._spare: tuple[Tensor, ...] | None = None
 
     def stage(self, tensor: Tensor) -> None:
         self._spare = self._linear.pack(tensor)

@@ -23,13 +23,14 @@ from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
 from engine.streams import stream_key
 from engine.training import batch as batches
 from engine.training.batch import StudentBatch
-from engine.training.export import buckets, digest_of, named_tensors
+from engine.training.export import buckets, named_tensors
 from engine.training.model import Student, load_student
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
 from engine.transport.handoff import Uploader
+from engine.transport.manifest import digest_of
 from engine.types import ScoredRollout, StepReport
 from ops import (
     Divergence,
@@ -153,7 +154,7 @@ class HFTrainer:
         return buckets(named_tensors(self._loaded.student.model), bucket_bytes=bucket_bytes)
 
     def digest(self) -> str:
-        """See ``engine.training.export.digest_of`` for its strength; 25 ms for 450 MB on one core."""
+        """See ``engine.transport.manifest`` for its strength; 25 ms for 450 MB on one core."""
         return digest_of(named_tensors(self._loaded.student.model))
 
     def save(self, folder: Path) -> None:

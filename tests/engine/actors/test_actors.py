@@ -92,7 +92,9 @@ class FakeGenerator:
     def abort(self, request_id: int) -> None:
         raise AssertionError("nobody aborts here")
 
-    async def update_weights(self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig) -> None:
+    async def update_weights(
+        self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig, digest: str | None = None
+    ) -> None:
         raise AssertionError("nobody pushes weights here")
 
     def statistics(self) -> GeneratorStatistics:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from engine.errors import WeightsMismatch
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, Generator
 from engine.recipe import WeightsConfig
 from engine.streams import stream_key
+from engine.transport.manifest import digest_of
 from engine.types import SamplingParams
 from tests.support.models import plain_logits
 
@@ -305,7 +307,9 @@ class GeneratorContract:
         assert [span.version for span in (await waiting).spans] == [1]
         assert await begun.get() == 1
 
-    @pytest.mark.parametrize("fault", ["unknown name", "wrong shape", "incomplete", "older version", "sender fails"])
+    @pytest.mark.parametrize(
+        "fault", ["unknown name", "wrong shape", "incomplete", "older version", "sender fails", "other bits"]
+    )
     async def test_an_update_that_cannot_be_leaves_the_old_weights_whole(self, subject: Subject, fault: str) -> None:
         generator = await subject.start()
         version = -1 if fault == "older version" else 1
@@ -326,14 +330,17 @@ class GeneratorContract:
             "incomplete": (ValueError, "did not come"),
             "older version": (ValueError, "older than version 0"),
             "sender fails": (ConnectionError, "the sender is gone"),
+            "other bits": (WeightsMismatch, "were changed while they travelled"),
         }[fault]
+        digest = "0" * 32 if fault == "other bits" else None
         with pytest.raises(expected, match=words):
-            await generator.update_weights(version, broken(), config=WeightsConfig())
+            await generator.update_weights(version, broken(), config=WeightsConfig(), digest=digest)
 
         answer = await generator.generate(request(0))
         check_against(subject, request(0), answer)
         assert [span.version for span in answer.spans] == [0]
-        await generator.update_weights(1, buckets_of(subject.models[1]), config=WeightsConfig())
+        sent = [pair for b in buckets_of(subject.models[1]) for pair in zip(b.names, b.tensors, strict=True)]
+        await generator.update_weights(1, buckets_of(subject.models[1]), config=WeightsConfig(), digest=digest_of(sent))
         answer = await generator.generate(request(0))
         check_against(subject, request(0), answer)
         assert [span.version for span in answer.spans] == [1]

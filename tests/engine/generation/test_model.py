@@ -128,7 +128,9 @@ def test_small_layers_stay_as_they_are(tmp_path: Path) -> None:
     assert not pack_linears(load(tiny_model(tmp_path)), device=CPU)
 
 
-def test_a_packed_layer_takes_any_leading_shape_and_a_bias() -> None:
+@pytest.mark.parametrize("max_terms", [24, 12, 7])
+def test_a_packed_layer_takes_any_leading_shape_and_a_bias(monkeypatch: pytest.MonkeyPatch, max_terms: int) -> None:
+    monkeypatch.setattr(packed_module, "_MAX_TERMS", max_terms)
     linear = nn.Linear(24, 40).requires_grad_(False)
     packed = PackedLinear(linear)
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engine.training.export import buckets, digest_of, named_tensors
+from engine.training.export import buckets, named_tensors
+from engine.transport.manifest import digest_of
 from tests.support.models import load, tiny_model
 
 
