@@ -145,9 +145,8 @@ async def bench_service(num_tokens: int, top_k: int, turns: int) -> None:
     plain_mib = 64 * num_tokens * (top_k * 8 + 4) / 2**20
     seconds = statistics.median(long)
     say(f"service  48 tokens, one at a time         {statistics.median(small):8.0f} requests/s")
-    say(
-        f"service  64 x {num_tokens} tokens together      {seconds * 1e3:8.0f} ms, {plain_mib / seconds:.0f} MiB/s plain"
-    )
+    rate = plain_mib / seconds
+    say(f"service  64 x {num_tokens} tokens together      {seconds * 1e3:8.0f} ms, {rate:.0f} MiB/s of plain")
 
 
 def say(line: str) -> None:
