@@ -2,8 +2,8 @@
 
 A score is tried until a replica answers it: each attempt has a deadline, failed attempts are repeated after a random,
 growing wait under the same request id, a slow one is asked a second time elsewhere. A replica that fails is left out
-and probed (``teacher.replica`` decides when, ``teacher.places`` who goes where). When all are out, scores wait. What is
-scored, and what a refusal means for it, is the caller's business.
+and looked at again later (``teacher.health``); ``teacher.places`` decides whose turn it is. When all are out, scores
+wait. What is scored, and what a refusal means for it, is the caller's business.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import asyncio
 import itertools
 import random
 import uuid
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,32 +32,13 @@ from engine.errors import (
 from engine.recipe import HttpTeacher
 from engine.tracing import log
 from teacher.client import TeacherClient
+from teacher.health import PROBE_DEADLINE_S, Health, ReplicaClient
 from teacher.places import Places
-from teacher.protocol import Scores, Teacher, TeacherInfo
-from teacher.replica import MISCONFIGURED, Happening, Replica, State, backoff_s, difference
-from teacher.waits import Alarms, Interrupted, Scope
-
-ResultT = TypeVar("ResultT")
-
-PROBE_DEADLINE_S = 10.0
-"""A health probe asks for no computation; what takes longer is not healthy."""
-
-MAX_REST_S = 60.0
-"""The longest that a replica is left alone on its own word: no overload lasts longer without an operator."""
+from teacher.protocol import Scores, TeacherInfo
+from teacher.replica import MISCONFIGURED, Replica, State, backoff_s, difference
+from teacher.waits import Alarms, Interrupted, Scope, Tasks
 
 _DEADLINE, _ANSWERED, _CLOSED = "deadline", "answered by another replica", "closed"
-
-
-class ReplicaClient(Teacher, Protocol):
-    """One replica (``TeacherClient``): a teacher that can be asked how it is. Nothing it says may come from a cache."""
-
-    async def ready(self) -> bool:
-        """Whether it would take a score now.
-
-        Raises:
-            TeacherUnavailable: it cannot be reached.
-        """
-        ...
 
 
 class ReplicaStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,11 +86,8 @@ class ReplicaPool:
     failure: it must be ready and be the same teacher as the others (``teacher.replica.difference``), because a service
     that was restarted with another model would poison the run without a sound.
 
-    Background tasks start with the first ``score`` and end with ``close``:
-        a prober per replica that is out     waits for:     ``probe_every_s`` (± a quarter), the probe's answer
-                                             unblocked by:  the clock, the replica
-        a keeper of deadlines, one of hedges waits for:     the oldest request's time
-                                             unblocked by:  the clock
+    Background tasks (probers, and one keeper each of deadlines and of hedges, which wait for the clock) start with the
+    first ``score`` and end with ``close``.
 
     Args:
         replicas: by name; names appear in the log and break ties. They are closed with the pool.
@@ -138,8 +116,6 @@ class ReplicaPool:
             for name in sorted(replicas)
         )
         self._places = Places(self._replicas, clock=clock)
-        self._known: TeacherInfo | None = None
-        """What the first replica said of itself: what all must be."""
         self._id_prefix = uuid.uuid4().hex
         self._ids = itertools.count()
         self._deadlines = Alarms[Scope](clock, after_s=config.deadline_s, ring=lambda scope: scope.interrupt(_DEADLINE))
@@ -149,14 +125,21 @@ class ReplicaPool:
         self._open: set[Scope] = set()
         """One for each score under way."""
         self._all_ended: asyncio.Future[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._probing: set[Replica] = set()
-        self._resting: set[Replica] = set()
+        self._tasks = Tasks(on_failure=self._end_with)
+        self._health = Health(
+            replicas=self._replicas,
+            clients=self._clients,
+            places=self._places,
+            config=config,
+            clock=clock,
+            rng=rng,
+            tasks=self._tasks,
+            num_open=lambda: len(self._open),
+            logger=logger,
+        )
         self._is_started = False
         self._is_closed = False
         self._crash: BaseException | None = None
-        self._parked_since: float | None = None
-        self._parked_s = 0.0
         self._retries_total = 0
         self._hedges_total = 0
         self._hedge_wins_total = 0
@@ -170,9 +153,9 @@ class ReplicaPool:
             TeacherUnavailable: no replica answers, or the pool is closed.
         """
         self._require_open()
-        if self._known is not None:
-            return self._known
-        found = await asyncio.gather(*(self._try_info(replica) for replica in self._replicas))
+        if self._health.known is not None:
+            return self._health.known
+        found = await asyncio.gather(*(self._health.look_at(replica) for replica in self._replicas))
         known: tuple[str, TeacherInfo] | None = None
         for replica, info in zip(self._replicas, found, strict=True):
             if not isinstance(info, TeacherInfo):
@@ -186,9 +169,9 @@ class ReplicaPool:
                 )
         if known is None:
             raise _none_of([error for error in found if not isinstance(error, TeacherInfo)])
-        if self._known is None:  # a prober may have been quicker
-            self._known = known[1]
-        return self._known
+        if self._health.known is None:  # a prober may have been quicker
+            self._health.known = known[1]
+        return self._health.known
 
     async def score(
         self,
@@ -234,7 +217,7 @@ class ReplicaPool:
         """End everything: open scores get ``TeacherUnavailable``, background tasks stop, replicas are closed. Returns
         when all of that has happened. Idempotent."""
         self._is_closed = True
-        self._end_parking()
+        self._health.end_parking()
         for scope in self._open:
             scope.interrupt(_CLOSED)
         if self._open:
@@ -242,17 +225,13 @@ class ReplicaPool:
                 self._all_ended = asyncio.get_running_loop().create_future()
             # Shielded: a second close waits for the same scores.
             await asyncio.shield(self._all_ended)
-        while self._tasks:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(set(self._tasks))
+        await self._tasks.cancel()
         closed = await asyncio.gather(*(client.close() for client in self._clients.values()), return_exceptions=True)
         for error in closed:
             if error is not None:
                 raise error
 
     def statistics(self) -> PoolStatistics:
-        parked_now_s = 0.0 if self._parked_since is None else self._clock.now() - self._parked_since
         return PoolStatistics(
             replicas=tuple(
                 ReplicaStatistics(
@@ -270,11 +249,11 @@ class ReplicaPool:
             ),
             num_open=len(self._open),
             num_waiting=self._places.num_waiting,
-            num_parked=0 if self._parked_since is None else len(self._open),
+            num_parked=len(self._open) if self._health.is_parked else 0,
             retries_total=self._retries_total,
             hedges_total=self._hedges_total,
             hedge_wins_total=self._hedge_wins_total,
-            parked_s=self._parked_s + parked_now_s,
+            parked_s=self._health.parked_s,
         )
 
     def __repr__(self) -> str:
@@ -294,7 +273,7 @@ class ReplicaPool:
                     return await self._ask(replica, ask, Scope())
                 return await self._race(replica, ask, self._hedges)
             except TeacherRefused as refusal:
-                if refusal.status not in MISCONFIGURED or self._everyone_refuses():
+                if refusal.status not in MISCONFIGURED or self._health.everyone_refuses():
                     raise
                 delay_s, reason = 0.0, str(refusal)  # that replica is out now: nobody is asked twice
             except TeacherOverloaded as overload:
@@ -318,9 +297,9 @@ class ReplicaPool:
         raise AssertionError("unreachable")
 
     async def _wait_for_place(self) -> Replica:
-        if self._everyone_refuses():
-            raise self._refusal()
-        self._park_if_all_are_out()
+        if self._health.everyone_refuses():
+            raise self._health.refusal()
+        self._health.park_if_all_are_out()
         return await self._places.take()
 
     async def _ask(self, replica: Replica, ask: dict[str, Any], scope: Scope) -> Scores:
@@ -341,27 +320,26 @@ class ReplicaPool:
                 replica.in_flight -= 1
             replica.successes_total += 1
             replica.took(self._clock.now() - began)
-            self._note(replica, era, "answered", "answers")
+            self._health.answered(replica, era)
             return scores
         except Interrupted as interrupted:
             replica.took_more_than(self._clock.now() - began)
             if interrupted.reason != _DEADLINE:
                 raise
             reason = f"no answer from {replica.name} within {self._config.deadline_s:g} s"
-            self._failed(replica, era, reason)
+            self._health.failed(replica, era, reason)
             raise TeacherUnavailable(reason) from None
         except TeacherRefused as refusal:
             if refusal.status in MISCONFIGURED:
-                self._note(replica, era, "misconfigured", str(refusal), refusal=refusal)
+                self._health.misconfigured(replica, era, refusal)
             else:
-                self._note(replica, era, "answered", "answers")
+                self._health.answered(replica, era)
             raise
         except TeacherOverloaded as overload:
-            self._rest(replica, overload.retry_after_s)
-            self._note(replica, era, "answered", "answers")
+            self._health.overloaded(replica, era, overload.retry_after_s)
             raise
         except TeacherUnavailable as failure:
-            self._failed(replica, era, str(failure))
+            self._health.failed(replica, era, str(failure))
             raise
         finally:
             self._places.hand_out()
@@ -395,7 +373,7 @@ class ReplicaPool:
     def _hedge(self, race: _Race) -> None:
         """The first replica has been slow for ``hedge_after_s``."""
         if self._places.has_second(race.first):
-            race.second = self._spawn(self._second(race), "teacher.hedge")
+            race.second = self._tasks.start(self._second(race), "teacher.hedge")
 
     async def _second(self, race: _Race) -> Scores | TeacherUnavailable | TeacherRefused:
         # The place is taken here and not by the caller: a task cancelled before its first step gives nothing back.
@@ -419,164 +397,18 @@ class ReplicaPool:
             race.scope.interrupt(_ANSWERED)
         return outcome
 
-    # What is known of the replicas
-
-    def _failed(self, replica: Replica, era: int, reason: str) -> None:
-        replica.failures_total += 1
-        self._note(replica, era, "failed", reason)
-
-    def _note(
-        self, replica: Replica, era: int, happening: Happening, reason: str, *, refusal: TeacherRefused | None = None
-    ) -> None:
-        """Take in what happened to a request that was sent in ``era``, and do what follows from it."""
-        if era != replica.era or not replica.note(happening, reason, refusal=refusal):
-            return
-        state = replica.state
-        emit = self._log.warning if state in ("open", "rejected") else self._log.info
-        emit("teacher.replica_changed", replica=replica.name, state=state, reason=reason)
-        if state == "rejected":
-            self._log.warning("teacher.replica_rejected", replica=replica.name, reason=reason)
-        if state == "closed":
-            self._resume()
-        elif state != "half_open":
-            self._start_probing(replica)
-            if self._everyone_refuses():
-                self._places.fail_all(self._refusal)
-            else:
-                self._park_if_all_are_out()
-
-    def _start_probing(self, replica: Replica) -> None:
-        if replica not in self._probing and not self._is_closed:
-            self._probing.add(replica)
-            self._spawn(self._probe_until_back(replica), f"teacher.probe {replica.name}")
-
-    async def _probe_until_back(self, replica: Replica) -> None:
-        # A suspect is looked at now, because a request may be waiting for it alone. What is out has time.
-        wait_s = 0.0 if replica.state == "suspect" else self._probe_wait_s()
-        while True:
-            if wait_s > 0:
-                await self._clock.sleep(wait_s)
-            happening, reason = await self._probe(replica)
-            if happening == "probe_ok":
-                # Before the change is told: the change may call for the next prober.
-                self._probing.discard(replica)
-            self._note(replica, replica.era, happening, reason)
-            self._places.hand_out()
-            if happening == "probe_ok":
-                return
-            wait_s = self._probe_wait_s()
-
-    async def _probe(self, replica: Replica) -> tuple[Happening, str]:
-        info = await self._try_info(replica)
-        if not isinstance(info, TeacherInfo):
-            return "probe_failed", str(info)
-        if self._known is None:
-            self._known = info
-        why = difference(self._known, info)
-        return ("probe_ok", "ready") if why is None else ("mismatch", why)
-
-    async def _try_info(self, replica: Replica) -> TeacherInfo | TeacherUnavailable | TeacherRefused:
-        async def look() -> TeacherInfo:
-            client = self._clients[replica.name]
-            if not await client.ready():
-                raise TeacherUnavailable(f"{replica.name} is not ready")
-            return await client.info()
-
-        try:
-            return await self._within(min(PROBE_DEADLINE_S, self._config.deadline_s), look())
-        except Interrupted:
-            return TeacherUnavailable(f"{replica.name} does not answer a health probe")
-        except (TeacherUnavailable, TeacherRefused) as error:
-            return error
-
-    async def _within(self, seconds: float, work: Awaitable[ResultT]) -> ResultT:
-        """
-        Raises:
-            Interrupted: ``work`` took longer, and was cancelled.
-        """
-        scope = Scope()
-
-        async def ring() -> None:
-            await self._clock.sleep(seconds)
-            scope.interrupt(_DEADLINE)
-
-        alarm = self._spawn(ring(), "teacher.probe deadline")
-        try:
-            with scope:
-                return await work
-        finally:
-            alarm.cancel()
-
-    def _probe_wait_s(self) -> float:
-        # Jitter, so that many pools do not probe a replica that comes back in step.
-        return self._config.probe_every_s * self._rng.uniform(0.75, 1.25)
-
-    def _rest(self, replica: Replica, retry_after_s: float) -> None:
-        """Leave an overloaded replica alone for as long as it asked for, and a little longer: it asked everybody."""
-        rest_s = min(max(0.0, retry_after_s), MAX_REST_S) + self._rng.uniform(0.0, self._config.backoff_s)
-        replica.overloaded(self._clock.now(), rest_s=rest_s)
-        if replica not in self._resting:
-            self._resting.add(replica)
-            self._spawn(self._wake(replica), f"teacher.rest {replica.name}")
-
-    async def _wake(self, replica: Replica) -> None:
-        while (left_s := replica.rest_until - self._clock.now()) > 0:
-            await self._clock.sleep(left_s)
-        self._resting.discard(replica)
-        self._places.hand_out()
-
-    # Parking
-
-    def _everyone_refuses(self) -> bool:
-        return all(replica.refusal is not None for replica in self._replicas)
-
-    def _refusal(self) -> TeacherRefused:
-        refusal = self._replicas[0].refusal
-        assert refusal is not None
-        return TeacherRefused(f"every teacher replica refuses: {refusal}", status=refusal.status)
-
-    def _park_if_all_are_out(self) -> None:
-        if (
-            self._parked_since is None
-            and self._open
-            and not any(r.state in ("closed", "suspect") for r in self._replicas)
-        ):
-            self._parked_since = self._clock.now()
-            self._log.warning("teacher.parked", num_parked=len(self._open))
-
-    def _resume(self) -> None:
-        if self._parked_since is not None:
-            parked_s = self._end_parking()
-            self._log.info("teacher.resumed", parked_s=round(parked_s, 3))
-
-    def _end_parking(self) -> float:
-        if self._parked_since is None:
-            return 0.0
-        parked_s = self._clock.now() - self._parked_since
-        self._parked_since = None
-        self._parked_s += parked_s
-        return parked_s
-
     # Tasks
 
     def _start(self) -> None:
         self._is_started = True
-        self._spawn(self._deadlines.run(), "teacher.deadlines")
+        self._tasks.start(self._deadlines.run(), "teacher.deadlines")
         if self._hedges is not None:
-            self._spawn(self._hedges.run(), "teacher.hedges")
-        for replica in self._replicas:
-            self._start_probing(replica)
+            self._tasks.start(self._hedges.run(), "teacher.hedges")
+        self._health.start()
 
-    def _spawn(self, work: Coroutine[Any, Any, ResultT], name: str) -> asyncio.Task[ResultT]:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        """A task of ours that fails is a bug; without it scores would wait for ever, so they end with it."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and self._crash is None:
+    def _end_with(self, error: BaseException) -> None:
+        """A background task failed, which is a bug; without it scores would wait for ever, so they end with it."""
+        if self._crash is None:
             self._crash = error
             for scope in self._open:
                 scope.interrupt(_CLOSED)

@@ -1,20 +1,23 @@
-"""Waits that can be cut short: a scope that others may end, and alarms that all ring after the same time.
+"""Waits that can be cut short: a scope that others may end, alarms that all ring after the same time, and an owner of
+background tasks.
 
-They exist because a request must cost no task and no timer of its own: two microseconds instead of thirty. Time is the
-``Clock``'s, so that a test or a simulation decides when an alarm rings. Nothing here knows what is waited for.
+Scopes and alarms exist because a request must cost no task and no timer of its own: two microseconds instead of thirty.
+Time is the ``Clock``'s, so that a test or a simulation decides when an alarm rings. Nothing here knows what is waited
+for.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from engine.clock import Clock
 
 ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class Interrupted(Exception):
@@ -111,3 +114,30 @@ class Alarms(Generic[ItemT]):
             else:
                 del self._due[item]
                 self._ring(item)
+
+
+class Tasks:
+    """Owns background tasks: holds on to them, ends them together, and tells when one has failed."""
+
+    def __init__(self, *, on_failure: Callable[[BaseException], None]) -> None:
+        self._on_failure = on_failure
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, ResultT], name: str) -> asyncio.Task[ResultT]:
+        """Run ``work``. Cancelling the task is no failure; any exception is, and goes to ``on_failure``."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def cancel(self) -> None:
+        """Return when no task is left, also of those that are started meanwhile."""
+        while self._running:
+            for task in self._running:
+                task.cancel()
+            await asyncio.wait(set(self._running))
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failure(error)

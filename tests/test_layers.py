@@ -51,6 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ops.*",
         "teacher.client",
         "teacher.fingerprint",
+        "teacher.health",
         "teacher.places",
         "teacher.pool",
         "teacher.protocol",
