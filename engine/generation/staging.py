@@ -86,8 +86,8 @@ class StagingArea:
             )
         if digest is not None and received.hexdigest() != digest:
             raise WeightsMismatch(
-                f"weights: what came has digest {received.hexdigest()}, the version has {digest}; they were changed while "
-                "they travelled, so the generator keeps what it has"
+                f"weights: what came has digest {received.hexdigest()}, the version has {digest}; they were changed "
+                "while they travelled, so the generator keeps what it has"
             )
         return frozenset(staged)
 

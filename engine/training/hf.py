@@ -230,6 +230,7 @@ class HFTrainer:
             head_grad=head.weight.grad,
             bias_grad=None if head.bias is None else head.bias.grad,
             block_rows=block_rows,
+            workspace=self._loaded.workspace(hidden),
         )
         if self._is_usable(out.values):
             hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from tests.e2e.runs import ROOT, World, ledger_rows, run
 def block(name: str) -> str:
     """The code block of docs/recipes.md that begins with ``# name``."""
     text = (ROOT / "docs" / "recipes.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     return next(code for code in blocks if code.startswith(f"# {name}"))
 
 

@@ -339,7 +339,7 @@ class GeneratorContract:
         answer = await generator.generate(request(0))
         check_against(subject, request(0), answer)
         assert [span.version for span in answer.spans] == [0]
-        sent = [pair for b in buckets_of(subject.models[1]) for pair in zip(b.names, b.tensors, strict=True)]
+        sent = (pair for b in buckets_of(subject.models[1]) for pair in zip(b.names, b.tensors, strict=True))
         await generator.update_weights(1, buckets_of(subject.models[1]), config=WeightsConfig(), digest=digest_of(sent))
         answer = await generator.generate(request(0))
         check_against(subject, request(0), answer)
