@@ -150,7 +150,7 @@ async def live_through(acts: list[Any], **world_fields: Any) -> None:
 
 @settings(max_examples=60)
 @given(
-    acts=st.lists(ACTS, max_size=40),
+    acts=st.lists(ACTS, min_size=10, max_size=50),
     num_replicas=st.integers(1, 3),
     hedge_after_s=st.sampled_from([None, 3.0]),
     seed=st.integers(0, 99),
