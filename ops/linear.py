@@ -63,6 +63,7 @@ def linear_divergence_with_gradients(
     head_grad: Tensor | None,
     bias_grad: Tensor | None = None,
     block_rows: int = 256,
+    workspace: Tensor | None = None,
 ) -> Divergence:
     """The same outside autograd, for who accumulates gradients of the *sum* of the values himself.
 
@@ -70,6 +71,8 @@ def linear_divergence_with_gradients(
         hidden_grad: [T, D] as ``hidden``, overwritten.
         head_grad: [V, D] as ``head_weight``, *added to*; None: not wanted.
         bias_grad: [V], added to; None: not wanted.
+        workspace: [R, V] of the dtype of ``hidden``, for blocks of at most R ≤ ``block_rows`` rows. Kept from call to
+            call it spares the page faults of a fresh one, on CPU 25 ms for 50 MB; None: made here.
 
     Returns:
         Values and metrics without a gradient.
@@ -79,7 +82,8 @@ def linear_divergence_with_gradients(
     )
     support = head.support(hidden, scores)
     with torch.no_grad():
-        out = head.run(hidden.detach(), support, Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad))
+        gradients = Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad)
+        out = head.run(hidden.detach(), support, gradients, workspace=workspace)
     return Divergence(values=out.values, metrics=out.metrics)
 
 
@@ -118,20 +122,27 @@ class Head:
             raise ValueError(f"hidden must be [T, {self.weight.shape[1]}], got {tuple(hidden.shape)}")
         return support_of(scores, num_rows=hidden.shape[0], vocab_size=self.weight.shape[0])
 
-    def run(self, hidden: Tensor, support: Support, gradients: Gradients) -> Columns:
+    def run(
+        self, hidden: Tensor, support: Support, gradients: Gradients, *, workspace: Tensor | None = None
+    ) -> Columns:
         """All blocks: values, metrics, and the gradients that are wanted."""
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not guessed
-            return self._run(hidden, support, gradients)
+            return self._run(hidden, support, gradients, workspace)
 
-    def _run(self, hidden: Tensor, support: Support, gradients: Gradients) -> Columns:
+    def _run(self, hidden: Tensor, support: Support, gradients: Gradients, workspace: Tensor | None) -> Columns:
         num_rows = hidden.shape[0]
         weight = self.weight.to(hidden.dtype)
         out = Columns(num_rows, hidden)
-        block_shape = (largest_block(num_rows, self.block_rows), weight.shape[0])
-        product = torch.empty(block_shape, dtype=hidden.dtype, device=hidden.device)
+        block_rows = self.block_rows if workspace is None else min(self.block_rows, workspace.shape[0])
+        block_shape = (largest_block(num_rows, block_rows), weight.shape[0])
+        product = (
+            torch.empty(block_shape, dtype=hidden.dtype, device=hidden.device)
+            if workspace is None
+            else workspace[: block_shape[0]]
+        )
         working = working_dtype(hidden)
         logits = product if working == hidden.dtype else torch.empty(block_shape, dtype=working, device=hidden.device)
-        for start, end in blocks(num_rows, self.block_rows):
+        for start, end in blocks(num_rows, block_rows):
             size, rows = end - start, slice(start, end)
             torch.mm(hidden[rows], weight.t(), out=product[:size])
             if logits is not product:

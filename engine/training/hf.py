@@ -180,8 +180,15 @@ class HFTrainer:
         torch.set_num_threads(self._config.num_threads)
         student = load_student(self._student_config, self._config, folder=folder)
         named = [(name, parameter) for name, parameter in student.model.named_parameters()]
+        workspace = None
+        if student.head is not None and student.device.type == "cpu":
+            weight = student.head.weight
+            workspace = torch.empty(self._config.block_rows, weight.shape[0], dtype=weight.dtype)
         self._state = _Loaded(
-            student=student, optimizer=StepOptimizer(named, self._config), uploader=Uploader(student.device)
+            student=student,
+            optimizer=StepOptimizer(named, self._config),
+            uploader=Uploader(student.device),
+            workspace=workspace,
         )
         self._step = _StepSums()
 
@@ -230,7 +237,7 @@ class HFTrainer:
             head_grad=head.weight.grad,
             bias_grad=None if head.bias is None else head.bias.grad,
             block_rows=block_rows,
-            workspace=self._loaded.workspace(hidden),
+            workspace=self._loaded.workspace,
         )
         if self._is_usable(out.values):
             hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]
@@ -264,6 +271,8 @@ class _Loaded(NamedTuple):
     student: Student
     optimizer: StepOptimizer
     uploader: Uploader
+    workspace: Tensor | None
+    """[block_rows, V] for the loss; None where the allocator keeps such things itself, or nothing uses it."""
 
 
 class _StepSums:

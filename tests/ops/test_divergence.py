@@ -302,6 +302,19 @@ def test_the_overlap_of_a_shorter_list_is_with_as_many_of_the_students() -> None
     assert float(divergence(ForwardKL(), logits, scores).metrics["topk_overlap"]) == 0.5
 
 
+@pytest.mark.parametrize("vocab_size", [1000, 1024, 1087])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_overlap_is_exact_in_large_vocabularies_too(vocab_size: int, ties: bool) -> None:
+    case = make_case(num_rows=20, vocab_size=vocab_size, top_k=3, sampled="outside")
+    logits = case.logits.round() if ties else case.logits + case.teacher
+
+    overlap = divergence(ForwardKL(), logits, case.scores).metrics["topk_overlap"]
+    threshold = logits.topk(3, dim=1).values[:, -1:]
+    shared = (logits.gather(1, case.scores.top_ids) >= threshold).sum(dim=1)
+    torch.testing.assert_close(overlap, shared.double() / 3)
+    assert 0 < float(overlap.mean()) < 1 or ties
+
+
 def test_no_positions_give_no_values() -> None:
     scores = TeacherScores(
         top_ids=torch.empty(0, 3, dtype=torch.long),

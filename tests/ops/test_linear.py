@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,31 @@ def test_without_autograd_head_gradients_are_added_to_and_the_hidden_one_is_writ
     torch.testing.assert_close(found.values, expected.values.detach())
     assert not found.values.requires_grad
     torch.testing.assert_close(buffers, [hidden_grad, head_grad + 1.0, bias_grad + 1.0])
+
+
+def test_a_workspace_bounds_the_blocks_and_changes_nothing() -> None:
+    inputs = make_inputs(bias=False)
+
+    def run(**options: Any) -> tuple[Tensor, list[Tensor]]:
+        buffers = [torch.zeros_like(inputs.hidden), torch.zeros_like(inputs.weight)]
+        out = linear_divergence_with_gradients(
+            ForwardKL(),
+            inputs.hidden,
+            inputs.weight,
+            inputs.scores,
+            hidden_grad=buffers[0],
+            head_grad=buffers[1],
+            **options,
+        )
+        return out.values, buffers
+
+    expected = run()
+    workspace = torch.full((3, V), torch.nan, dtype=torch.float64)
+    with LargestRows(V) as seen:
+        found = run(workspace=workspace)
+    assert seen.num_rows <= 3
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(run(workspace=workspace, block_rows=2), expected)
 
 
 def test_never_more_than_a_block_of_logits() -> None:
