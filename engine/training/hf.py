@@ -111,7 +111,7 @@ class HFTrainer:
         if sums.num_tokens == 0:
             raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
         lr = learning_rate(self._config, step=self.version + 1, num_steps=self._num_steps)
-        grad_norm = optimizer.average(sums.num_tokens)
+        grad_norm = optimizer.grad_norm(sums.num_tokens)
         is_finite = math.isfinite(grad_norm) and math.isfinite(sums.loss_sum)
         if is_finite:
             optimizer.step(num_tokens=sums.num_tokens, grad_norm=grad_norm, lr=lr)

@@ -35,7 +35,7 @@ class StepOptimizer:
         self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     @torch.no_grad()
-    def average(self, num_tokens: int) -> float:
+    def grad_norm(self, num_tokens: int) -> float:
         """Norm of the summed gradient divided by ``num_tokens``; nothing changes."""
         norm = torch.nn.utils.get_total_norm(self._gradients())
         return float(norm) / num_tokens

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.errors import ModelError, NonFiniteError
-from engine.recipe import ObjectiveConfig
+from engine.recipe import ObjectiveConfig, StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.protocol import Trainer
 from engine.types import StepReport
@@ -141,6 +141,27 @@ def test_gradient_checkpointing_computes_the_same_step(llama: Path) -> None:
     run_step(trainer, [make_step()])
     run_step(plain, [make_step()])
     assert_same_weights(weights(trainer), weights(plain), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_bf16_master_weights_train_and_resume(llama: Path, tmp_path: Path, packing: str) -> None:
+    def make() -> HFTrainer:
+        return HFTrainer(
+            config=msgspec.structs.replace(CONFIG, packing=packing),
+            student=StudentConfig(path=str(llama), dtype="bfloat16"),
+            objective=ObjectiveConfig(),
+            steps=3,
+        )
+
+    trainer, resumed = make(), make()
+    trainer.start()
+    loss = run_step(trainer, [make_step()]).loss
+    assert loss == pytest.approx(PlainTrainer(llama).step(make_step())[0], rel=0.05)
+    trainer.save(tmp_path)
+    resumed.load(tmp_path)
+    assert {tensor.dtype for tensor in weights(resumed).values()} == {torch.bfloat16}
+    assert run_step(resumed, [make_step()]) == run_step(trainer, [make_step()])
+    assert resumed.digest() == trainer.digest()
 
 
 def test_dropout_in_the_config_is_off(tmp_path: Path) -> None:
