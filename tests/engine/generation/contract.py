@@ -191,7 +191,7 @@ class GeneratorContract:
         generator = await subject.start()
         begun = asyncio.Event()
         long = asyncio.create_task(
-            generator.generate(request(0, max_new_tokens=400), on_begin=lambda version: begun.set())
+            generator.generate(request(0, max_new_tokens=300), on_begin=lambda version: begun.set())
         )
         other = asyncio.create_task(generator.generate(request(1, max_new_tokens=30)))
         await begun.wait()
@@ -208,7 +208,7 @@ class GeneratorContract:
         begun: asyncio.Queue[int] = asyncio.Queue()
         long = [
             asyncio.create_task(
-                generator.generate(request(i, max_new_tokens=400), on_begin=lambda version: begun.put_nowait(version))
+                generator.generate(request(i, max_new_tokens=300), on_begin=lambda version: begun.put_nowait(version))
             )
             for i in range(subject.num_slots)
         ]
@@ -256,7 +256,7 @@ class GeneratorContract:
 
     async def test_new_weights_take_over_between_two_tokens_of_running_answers(self, subject: Subject) -> None:
         generator = await subject.start()
-        asked = [request(i, prompt=[3 + i] * (1 + 4 * i), max_new_tokens=400) for i in range(subject.num_slots)]
+        asked = [request(i, prompt=[3 + i] * (1 + 4 * i), max_new_tokens=300) for i in range(subject.num_slots)]
         begun: asyncio.Queue[int] = asyncio.Queue()
         tasks = [asyncio.create_task(generator.generate(one, on_begin=begun.put_nowait)) for one in asked]
         for _ in tasks:
@@ -276,7 +276,7 @@ class GeneratorContract:
     async def test_kept_keys_and_values_are_marked_in_the_spans(self, subject: Subject) -> None:
         generator = await subject.start()
         begun: asyncio.Queue[int] = asyncio.Queue()
-        asked = request(0, max_new_tokens=400)
+        asked = request(0, max_new_tokens=300)
         task = asyncio.create_task(generator.generate(asked, on_begin=begun.put_nowait))
         await begun.get()
 
@@ -366,7 +366,7 @@ class GeneratorContract:
     async def test_stopping_gives_up_what_is_open_and_may_be_repeated(self, subject: Subject) -> None:
         generator = await subject.start()
         tasks = [
-            asyncio.create_task(generator.generate(request(i, max_new_tokens=400)))
+            asyncio.create_task(generator.generate(request(i, max_new_tokens=300)))
             for i in range(2 * subject.num_slots)
         ]
         await asyncio.sleep(0)

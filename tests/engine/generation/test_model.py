@@ -94,8 +94,9 @@ def test_a_model_that_ignores_its_mask_is_found_out(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also layers that are too small for it to pay."""
+    """Also layers that are too small for it to pay or too early for it to be exact."""
     monkeypatch.setattr(packed_module, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(packed_module, "_NUM_PLAIN_BLOCKS", 0)
 
 
 @pytest.mark.usefixtures("pack_all")
@@ -126,6 +127,15 @@ def test_packed_layers_compute_the_same_and_can_be_put_back(tmp_path: Path) -> N
 
 def test_small_layers_stay_as_they_are(tmp_path: Path) -> None:
     assert not pack_linears(load(tiny_model(tmp_path)), device=CPU)
+
+
+def test_the_first_blocks_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(packed_module, "_NUM_PLAIN_BLOCKS", 1)
+
+    linears = pack_linears(load(tiny_model(tmp_path)), device=CPU)
+
+    assert {name.partition(".layers.")[2][:1] for name in linears} == {"1", ""}
 
 
 @pytest.mark.parametrize("max_terms", [24, 12, 7])
