@@ -105,6 +105,7 @@ class Node:
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
             await self._port.stop()
+            await parts.teacher.close()
             parts.ledger.close()
         outcome = Outcome(
             version=parts.schedule.version, stopped_by=self._stopped_by, wall_s=parts.clock.now() - started

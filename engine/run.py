@@ -68,13 +68,9 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         checked = await check(recipe, out=out, resume=options.resume)
         if options.check:
             _say_findings(checked, as_json=options.json)
+            return EXIT_OK if checked.inputs is not None else EXIT_WRONG
         if checked.inputs is None:
-            if not options.check:
-                for problem in checked.problems:
-                    _say_error(f"{problem.subject}: {problem.text}", as_json=options.json)
-            return EXIT_WRONG
-        if options.check:
-            return EXIT_OK
+            raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
         run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out, recipe)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
         tracing.open(run_dir.path, run=recipe.name, node="0")

@@ -12,6 +12,7 @@ from engine.tracing import span
 from engine.transport.channel import Receiver, Sender
 from engine.types import Rollout, ScoredRollout
 from teacher.protocol import Scores, Teacher
+from teacher.replica import MISCONFIGURED
 
 
 class TeacherProxy(Actor):
@@ -74,16 +75,14 @@ class TeacherProxy(Actor):
             tasks.cancel()
         self._scored.close()
 
-    async def stop(self) -> None:
-        await self._teacher.close()
-
     async def _score(self, rollout: Rollout) -> None:
         try:
             with span("teacher.score", rollout_id=rollout.rollout_id, num_tokens=rollout.num_tokens):
                 scored = await score_rollout(self._teacher, rollout, top_k=self._top_k, alone=self._alone)
         except TeacherRefused as refusal:
             self._refusals += 1
-            if self._refusals >= self._max_refusals:
+            # A wrong token, or a stranger at the teacher's address, is not the rollout's fault.
+            if refusal.status in MISCONFIGURED or self._refusals >= self._max_refusals:
                 raise
             self._schedule.failed(rollout.rollout_id, f"teacher refused: {refusal}")
         else:

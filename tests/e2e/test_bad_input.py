@@ -11,7 +11,8 @@ from typing import Protocol
 import pytest
 
 from engine.run import main
-from tests.e2e.runs import World, free_port, run, teacher_process
+from tests.e2e.runs import World, assert_exactly_once, finish, free_port, run, start_run, teacher_process, wait_for
+from tests.support.disk import tiny_disk
 from tests.support.models import tiny_model, write_jsonl
 
 
@@ -212,3 +213,25 @@ def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Pa
 
     assert "1 of 9 rows do not fit" in refuse(recipe, *arguments)
     assert "1 filtered" in run(recipe, *arguments, "--set", "data.too_long=filter").stdout
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_run(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    with tiny_disk(tmp_path / "disk", size="2m"):
+        assert "disk" in refuse(world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "disk" / "o"))
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(world: World, tmp_path: Path) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "disk" / "o"
+    with tiny_disk(tmp_path / "disk", size="16m") as disk:
+        process = start_run(recipe, "--out", str(out), "--set", "steps=1000")
+        wait_for(out, "checkpoint.saved", process=process, step=4)
+        disk.fill()
+        stopped = finish(process)
+        assert stopped.code == 1, stopped.stderr[-3000:]
+        assert "space" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+
+        disk.make_room()
+        done = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step_*"))
+        run(recipe, "--resume", "--out", str(out), "--json", "--set", f"steps={done + 2}")
+        assert_exactly_once(out, steps=done + 2, per_step=4, max_staleness=1)
