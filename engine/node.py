@@ -132,10 +132,9 @@ class Node:
         }
 
     def _write_node_file(self, port: int) -> None:
-        path = self._parts.run_dir.node
-        aside = path.with_suffix(".tmp")
-        aside.write_bytes(msgspec.json.encode({"pid": os.getpid(), "host": self._parts.recipe.node.host, "port": port}))
-        aside.replace(path)
+        run_dir = self._parts.run_dir
+        where = {"pid": os.getpid(), "host": self._parts.recipe.node.host, "port": port}
+        run_dir.write(run_dir.node, msgspec.json.encode(where))
 
     async def _tick(self) -> None:
         """Once a second: how full the channels are, who waits, and how late this loop runs."""

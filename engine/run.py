@@ -71,8 +71,9 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
             return EXIT_OK if checked.inputs is not None else EXIT_WRONG
         if checked.inputs is None:
             raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
-        run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out, recipe)
+        run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
+        run_dir.keep_recipe(recipe)
         tracing.open(run_dir.path, run=recipe.name, node="0")
         metrics = NodeMetrics()
         tracing.subscribe("metrics", metrics.apply)
@@ -82,14 +83,15 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         with Terminal(tracing, live=sys.stderr.isatty() and not options.json) as terminal:
             outcome = await Node(parts, build(graph, parts), metrics=metrics, on_start=tracing.adopt_libraries).run()
         summary = summarise(recipe=recipe, run_dir=run_dir, outcome=outcome, view=terminal.view, parts=parts)
-        run_dir.summary.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        run_dir.write(run_dir.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         if options.json:
             _write(msgspec.json.encode(summary).decode())
         else:
             terminal.show(summary)
         if outcome.stopped_by is None or outcome.version >= recipe.steps:
             return EXIT_OK
-        command = shlex.join(["python", "-m", "engine.run", options.recipe, "--resume", "--out", str(out)])
+        changes = [word for assignment in options.set for word in ("--set", assignment)]
+        command = shlex.join(["python", "-m", "engine.run", options.recipe, "--resume", "--out", str(out), *changes])
         sys.stderr.write(f"stopped by {outcome.stopped_by} after step {outcome.version}; continue with: {command}\n")
         return EXIT_STOPPED
 

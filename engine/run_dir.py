@@ -41,7 +41,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+    def create(cls, path: Path) -> RunDir:
         """A new run's folder.
 
         Raises:
@@ -52,7 +52,7 @@ class RunDir:
             raise RunDirError(
                 f"{path} holds a run already; continue it with --resume --out {path}, or name another folder with --out"
             )
-        run._write_recipe(recipe)
+        run._make()
         return run
 
     @classmethod
@@ -66,7 +66,7 @@ class RunDir:
         """
         run = cls(path)
         if not run.recipe.exists():
-            return cls.create(path, recipe)
+            return cls.create(path)
         before = from_json(run.recipe.read_bytes())
         for field in IDENTITY:
             old, new = getattr(before, field), getattr(recipe, field)
@@ -75,19 +75,31 @@ class RunDir:
                     f"{path} was started with {field}={_text(old)}, this recipe says {_text(new)}; a resumed run must "
                     f"not change {', '.join(IDENTITY)}: start a new run, or take the change back"
                 )
-        run._write_recipe(recipe)
         return run
 
-    def _write_recipe(self, recipe: Recipe) -> None:
-        # Aside and renamed: a run killed here must find either no recipe or a whole one.
-        aside = self.path / f".recipe.json.{os.getpid()}"
+    def keep_recipe(self, recipe: Recipe) -> None:
+        """Write ``recipe.json``. For the process that holds the run's ledger: another one may only be asking."""
+        self.write(self.recipe, describe(recipe).encode() + b"\n")
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write one of the run's small files, aside and renamed: who reads it finds the old one or the new one.
+
+        Raises:
+            RunDirError: the disk is full or cannot be written.
+        """
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            aside.write_bytes(content)
+            aside.replace(path)
+        except OSError as error:
+            raise RunDirError(f"cannot write {path}: {error.strerror}; make room, or mend its permissions") from error
+
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            aside.write_text(describe(recipe) + "\n")
-            aside.replace(self.recipe)
         except OSError as error:
             raise RunDirError(
-                f"cannot write the run's folder {self.path}: {error.strerror}; name a writable folder with --out"
+                f"cannot make the run's folder {self.path}: {error.strerror}; name a writable folder with --out"
             ) from error
 
 

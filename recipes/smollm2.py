@@ -28,17 +28,17 @@ from engine.recipe import (
 def recipe() -> Recipe:
     return Recipe(
         name="smollm2",
-        steps=30,
+        steps=50,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
         # The last 16 of the 128 rows are held out. The longest prompt has 46 tokens with its chat template.
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
-        max_staleness=1,
+        max_staleness=2,
         rollouts_per_step=8,
-        samples_per_prompt=2,
         sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16),
-        learner=LearnerConfig(lr=2e-4, betas=(0.9, 0.95), grad_clip=1.0, micro_batch_tokens=512),
+        # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
+        learner=LearnerConfig(lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024),
         # A new version comes every few seconds and an answer is 48 tokens: computing its keys and values again at each
         # switch would cost more than it brings.
         weights=WeightsConfig(kv_cache="keep"),

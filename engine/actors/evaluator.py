@@ -4,6 +4,7 @@ the teacher's. Called by the learner between two steps; the same prompts and ran
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None = None
     """Mean of the recipe's scorer over the student's answers."""
     answers: tuple[Answer, ...] = ()
+    """Greedy ones, to the first few prompts."""
     references: tuple[str, ...] = ()
     """Of the same prompts as ``answers``, when the file has them."""
 
@@ -95,11 +97,19 @@ class Evaluator:
         """Measure version ``version``, which must be live and stay so until this returns; log and append the result."""
         log.info("eval.started", version=version, num_prompts=len(self._held_out))
         with span("eval.run", version=version) as facts:
-            answers = await self._answer(version)
-            results = await self._measure(await self._score(answers))
+            # One wave: the shown answers share decode steps with the measured ones.
+            sampled, shown = await self._answer()
+            scored = await self._score([*sampled, *shown])
+            results = await self._measure(scored)
             references = await self._references()
             reference_results = await self._measure(references) if references else []
-            evaluation = self._conclude(version, answers, results, reference_results)
+            evaluation = self._conclude(
+                version,
+                sampled,
+                results[: len(sampled)],
+                tuple(zip(shown, results[len(sampled) :], strict=True)),
+                reference_results,
+            )
             facts.add(
                 step=version,
                 num_prompts=evaluation.num_prompts,
@@ -109,33 +119,43 @@ class Evaluator:
                 reference_nll=evaluation.reference_nll,
                 score=evaluation.score,
             )
-        with self._path.open("ab") as file:
-            file.write(msgspec.json.encode(evaluation) + b"\n")
+        append_evaluation(self._path, evaluation)
         for answer in evaluation.answers:
             log.info("eval.answer", version=version, prompt=answer.prompt, answer=answer.answer, kl=answer.kl)
 
-    async def _answer(self, version: int) -> list[Rollout]:
-        requests = [
-            GenerationRequest(
-                request_id=row.prompt.rollout_id,
-                token_ids=row.prompt.token_ids,
-                params=self._params,
-                stream_key=row.prompt.stream_key,
-            )
-            for row in self._held_out
+    async def _answer(self) -> tuple[list[Rollout], list[Rollout]]:
+        """To every prompt an answer drawn as in training, which is measured; to the first few a greedy one, which is
+        shown: what is drawn at temperature 1 tells how far the student is off, not how it speaks."""
+        shown = self._held_out[: self._num_shown]
+        greedy = msgspec.structs.replace(self._params, temperature=0.0, top_p=1.0, top_k=0)
+        asked = [(row.prompt, self._params) for row in self._held_out]
+        asked += [
+            (msgspec.structs.replace(row.prompt, rollout_id=row.prompt.rollout_id - len(self._held_out)), greedy)
+            for row in shown
         ]
-        generations = await self._generator.generate_wave(requests)
-        return [
+        generations = await self._generator.generate_wave(
+            [
+                GenerationRequest(
+                    request_id=prompt.rollout_id,
+                    token_ids=prompt.token_ids,
+                    params=params,
+                    stream_key=prompt.stream_key,
+                )
+                for prompt, params in asked
+            ]
+        )
+        rollouts = [
             Rollout(
-                prompt=row.prompt,
+                prompt=prompt,
                 response_ids=generation.token_ids,
                 logprobs=generation.logprobs,
                 sampling_logprobs=generation.sampling_logprobs,
                 spans=generation.spans,
                 finish_reason=generation.finish_reason,
             )
-            for row, generation in zip(self._held_out, generations, strict=True)
+            for (prompt, _), generation in zip(asked, generations, strict=True)
         ]
+        return rollouts[: len(self._held_out)], rollouts[len(self._held_out) :]
 
     async def _references(self) -> list[ScoredRollout[Scores]]:
         # The teacher does not change during a run: its view of its own answers is asked for once.
@@ -167,15 +187,17 @@ class Evaluator:
         version: int,
         answers: Sequence[Rollout],
         results: Sequence[EvalResult],
+        shown: Sequence[tuple[Rollout, EvalResult]],
         reference_results: Sequence[EvalResult],
     ) -> Evaluation:
-        texts = [self._decode(rollout.response_ids) for rollout in answers]
         num_tokens = sum(result.num_tokens for result in results)
         num_reference_tokens = sum(result.num_tokens for result in reference_results)
-        shown = range(min(self._num_shown, len(answers)))
         score = None
         if self._scorer is not None:
-            values = [self._scorer(row.text, text) for row, text in zip(self._held_out, texts, strict=True)]
+            values = [
+                self._scorer(row.text, self._decode(rollout.response_ids))
+                for row, rollout in zip(self._held_out, answers, strict=True)
+            ]
             score = sum(values) / len(values)
         return Evaluation(
             version=version,
@@ -186,10 +208,14 @@ class Evaluator:
             reference_nll=_mean(sum(r.nll_sum for r in reference_results), num_reference_tokens),
             score=score,
             answers=tuple(
-                Answer(prompt=self._held_out[i].text, answer=texts[i], kl=results[i].kl_sum / results[i].num_tokens)
-                for i in shown
+                Answer(
+                    prompt=row.text,
+                    answer=self._decode(rollout.response_ids),
+                    kl=result.kl_sum / result.num_tokens,
+                )
+                for row, (rollout, result) in zip(self._held_out, shown, strict=False)
             ),
-            references=tuple(self._held_out[i].reference_text or "" for i in shown),
+            references=tuple(row.reference_text or "" for row in self._held_out[: len(shown)]),
         )
 
 
@@ -197,9 +223,25 @@ def _mean(total: float, count: int) -> float | None:
     return total / count if count else None
 
 
+def append_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Add one line; a line that a killed process left unfinished is ended first."""
+    with path.open("ab+") as file:
+        is_torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read(1) != b"\n"
+        file.write((b"\n" if is_torn else b"") + msgspec.json.encode(evaluation) + b"\n")
+
+
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """All evaluations of a run, oldest first; a torn last line (the process was killed while writing) is left out."""
+    """All evaluations of a run, oldest first. Lines that a killed process left unfinished are left out."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [msgspec.json.decode(line, type=Evaluation) for line in lines[:-1] if line]
+    evaluations = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            evaluations.append(msgspec.json.decode(line, type=Evaluation))
+        except msgspec.DecodeError:
+            if line:
+                log.warning("eval.line_torn", path=str(path))
+    return evaluations
