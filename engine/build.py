@@ -367,6 +367,7 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
         ),
         top_k=config.top_k or recipe.teacher.top_k,
         alone=recipe.deterministic,
+        clock=parts.clock,
         num_shown=config.num_shown,
         decode=decode,
         scorer=None if config.scorer is None else load_scorer(config.scorer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from engine.supervisor import Supervisor
 from engine.tracing import log, span
 
 _TICK_S = 1.0
+_SHOW_CURSOR = "\x1b[?25h"
+"""The live picture hides it."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,18 +172,22 @@ class Node:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        names = (signal.SIGINT, signal.SIGTERM)
-        for name in names:
+        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        for name in before:
             loop.add_signal_handler(name, self._on_signal, name)
         try:
             yield
         finally:
-            for name in names:
+            for name, handler in before.items():
                 loop.remove_signal_handler(name)
+                signal.signal(name, handler)
 
     def _on_signal(self, name: signal.Signals) -> None:
         if self._stopped_by is not None:
             log.error("run.stopped_at_once", signal=name.name)
+            if sys.stderr.isatty():
+                sys.stderr.write(_SHOW_CURSOR)
+                sys.stderr.flush()
             # No clean-up on purpose: whoever asks twice wants the process gone. What was committed is whole.
             os._exit(128 + name)
         self._stopped_by = name.name

@@ -152,6 +152,8 @@ class Schedule:
                 return Stop()
             instruction = self._flow.next_instruction()
             if isinstance(instruction, Stop):
+                if not self._flow.snapshot().draining:
+                    self._leave_out_the_rest()
                 self.finish()
             if not isinstance(instruction, Wait):
                 return instruction
@@ -182,6 +184,12 @@ class Schedule:
         self._finished = True
         self._ledger.commit()
         self._notify()
+
+    def _leave_out_the_rest(self) -> None:
+        """The run is complete, and what an earlier process admitted was not all needed: failures it met did not come
+        again, or fewer steps are wanted now. A resumed run with more steps takes them up again."""
+        while self._again:
+            self._ledger.failed(self._again.popleft().rollout_id, "the run was complete without it")
 
     def _notify(self) -> None:
         self._changed.set()

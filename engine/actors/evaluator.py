@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 
 from engine.actors.scoring import score_rollout
-from engine.generation.protocol import GenerationRequest, Generator
+from engine.clock import Clock
+from engine.errors import GeneratorDied, RecipeError
+from engine.generation.protocol import Aborted, Generation, GenerationRequest, Generator
 from engine.tracing import log, span
 from engine.training.protocol import EvalResult
 from engine.types import Prompt, Rollout, SamplingParams, ScoredRollout, VersionSpan
@@ -19,6 +21,9 @@ from teacher.protocol import Scores, Teacher
 
 Measure = Callable[[Sequence[ScoredRollout[Scores]]], Awaitable[list[EvalResult]]]
 """Held-out answers under the learner's present weights."""
+
+
+_RETRY_S = 1.0
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +81,7 @@ class Evaluator:
         top_k: int,
         alone: bool,
         num_shown: int,
+        clock: Clock,
         decode: Callable[[Sequence[int]], str],
         scorer: Callable[[str, str], float] | None,
         path: Path,
@@ -88,6 +94,7 @@ class Evaluator:
         self._top_k = top_k
         self._alone = alone
         self._num_shown = num_shown
+        self._clock = clock
         self._decode = decode
         self._scorer = scorer
         self._path = path
@@ -98,7 +105,7 @@ class Evaluator:
         log.info("eval.started", version=version, num_prompts=len(self._held_out))
         with span("eval.run", version=version) as facts:
             # One wave: the shown answers share decode steps with the measured ones.
-            sampled, shown = await self._answer()
+            sampled, shown = await self._answer(version)
             scored = await self._score([*sampled, *shown])
             results = await self._measure(scored)
             references = await self._references()
@@ -123,7 +130,7 @@ class Evaluator:
         for answer in evaluation.answers:
             log.info("eval.answer", version=version, prompt=answer.prompt, answer=answer.answer, kl=answer.kl)
 
-    async def _answer(self) -> tuple[list[Rollout], list[Rollout]]:
+    async def _answer(self, version: int) -> tuple[list[Rollout], list[Rollout]]:
         """To every prompt an answer drawn as in training, which is measured; to the first few a greedy one, which is
         shown: what is drawn at temperature 1 tells how far the student is off, not how it speaks."""
         shown = self._held_out[: self._num_shown]
@@ -133,7 +140,7 @@ class Evaluator:
             (msgspec.structs.replace(row.prompt, rollout_id=row.prompt.rollout_id - len(self._held_out)), greedy)
             for row in shown
         ]
-        generations = await self._generator.generate_wave(
+        generations = await self._generate(
             [
                 GenerationRequest(
                     request_id=prompt.rollout_id,
@@ -142,7 +149,8 @@ class Evaluator:
                     stream_key=prompt.stream_key,
                 )
                 for prompt, params in asked
-            ]
+            ],
+            version,
         )
         rollouts = [
             Rollout(
@@ -156,6 +164,19 @@ class Evaluator:
             for (prompt, _), generation in zip(asked, generations, strict=True)
         ]
         return rollouts[: len(self._held_out)], rollouts[len(self._held_out) :]
+
+    async def _generate(self, requests: Sequence[GenerationRequest], version: int) -> list[Generation]:
+        """Once more when the generator is lost on the way: its sampler starts it again or ends the run."""
+        while True:
+            try:
+                generations = await self._generator.generate_wave(requests)
+            except (GeneratorDied, Aborted) as error:
+                log.warning("eval.generator_lost", version=version, error=str(error))
+            else:
+                # A generator that was started again holds the student as loaded until its weights have come.
+                if all(span.version == version for generation in generations for span in generation.spans):
+                    return generations
+            await self._clock.sleep(_RETRY_S)
 
     async def _references(self) -> list[ScoredRollout[Scores]]:
         # The teacher does not change during a run: its view of its own answers is asked for once.
@@ -195,7 +216,7 @@ class Evaluator:
         score = None
         if self._scorer is not None:
             values = [
-                self._scorer(row.text, self._decode(rollout.response_ids))
+                _number(self._scorer(row.text, self._decode(rollout.response_ids)))
                 for row, rollout in zip(self._held_out, answers, strict=True)
             ]
             score = sum(values) / len(values)
@@ -217,6 +238,12 @@ class Evaluator:
             ),
             references=tuple(row.reference_text or "" for row in self._held_out[: len(shown)]),
         )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool | int | float):
+        return float(value)
+    raise RecipeError(f"evaluation.scorer returned {value!r}, expected a number for each answer")
 
 
 def _mean(total: float, count: int) -> float | None:

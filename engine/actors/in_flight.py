@@ -4,9 +4,14 @@ do."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from engine.errors import EndOfChannel
+from engine.transport.channel import Receiver
+
+T = TypeVar("T")
 
 
 class InFlight:
@@ -58,16 +63,6 @@ class InFlight:
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    async def join(self) -> None:
-        """Return when no task is left."""
-        while self._tasks:
-            await self._change()
-
-    def cancel(self) -> None:
-        """Cancel what is left; the end of the block waits for it."""
-        for task in self._tasks:
-            task.cancel()
-
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._changed.set()
@@ -75,6 +70,40 @@ class InFlight:
     async def _change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
+
+
+async def work_through(
+    source: Receiver[T],
+    work: Callable[[T], Coroutine[Any, Any, None]],
+    *,
+    limit: int,
+    again: Iterable[T] = (),
+    until: Callable[[], Coroutine[Any, Any, None]],
+) -> None:
+    """Have ``work`` done for what is in ``again`` and then for what ``source`` brings, ``limit`` items at a time.
+
+    Returns when the source has ended and everything is done. When ``until`` returns before that, what is going on is
+    cancelled, and what still comes is taken and dropped: whoever sends must not be left waiting for room.
+
+    ``work`` is called at once for each item taken, so what it does before it returns its coroutine cannot be cancelled.
+    """
+
+    async def take_in() -> None:
+        async with InFlight(limit=limit) as tasks:
+            for item in again:
+                await tasks.room()
+                tasks.start(work(item))
+            while True:
+                await tasks.room()
+                try:
+                    item = await source.receive()
+                except EndOfChannel:
+                    break
+                tasks.start(work(item))
+
+    await first_of(take_in(), until())
+    async for _ in source:
+        pass
 
 
 async def first_of(*coroutines: Coroutine[Any, Any, object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from engine.actor import Actor
-from engine.actors.in_flight import InFlight, first_of
+from engine.actors.in_flight import first_of, work_through
 from engine.errors import EndOfChannel
 from engine.generation.protocol import Generation, GenerationRequest, Generator
 from engine.schedule import Schedule
@@ -66,27 +66,21 @@ class Sampler(Actor):
         lost, self._held = list(self._held.values()), {}
         for prompt in lost:
             self._schedule.requeued(prompt, "sampler restarted")
-        await (self._run_waves(lost) if self._waves else self._run_stream(lost))
+        if self._waves:
+            await self._run_waves(lost)
+        else:
+            # The input ends when the run drains or is complete; the step under way may still need what is sampled.
+            await work_through(
+                self._prompts,
+                lambda prompt: self._answer(self._hold(prompt)),
+                limit=self._concurrency,
+                again=lost,
+                until=self._schedule.wait_finished,
+            )
         self._rollouts.close()
 
     async def stop(self) -> None:
         await self._generator.stop()
-
-    async def _run_stream(self, lost: list[Prompt]) -> None:
-        async with InFlight(limit=self._concurrency) as tasks:
-            for prompt in lost:
-                await tasks.room()
-                tasks.start(self._answer(self._hold(prompt)))
-            while True:
-                await tasks.room()
-                try:
-                    prompt = await self._prompts.receive()
-                except EndOfChannel:
-                    break
-                tasks.start(self._answer(self._hold(prompt)))
-            # The input ends when the run drains or is complete; the step under way may still need what is sampled.
-            await first_of(tasks.join(), self._schedule.wait_finished())
-            tasks.cancel()
 
     async def _run_waves(self, wave: list[Prompt]) -> None:
         async def answer_waves() -> None:
@@ -101,6 +95,8 @@ class Sampler(Actor):
                     return
 
         await first_of(answer_waves(), self._schedule.wait_finished())
+        async for _ in self._prompts:
+            pass  # admitted, and needed by nobody any more
 
     def _hold(self, prompt: Prompt) -> Prompt:
         self._held[prompt.rollout_id] = prompt

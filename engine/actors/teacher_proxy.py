@@ -4,9 +4,9 @@ decides only what happens to a rollout that the teacher will never take."""
 from __future__ import annotations
 
 from engine.actor import Actor
-from engine.actors.in_flight import InFlight, first_of
+from engine.actors.in_flight import work_through
 from engine.actors.scoring import score_rollout
-from engine.errors import EndOfChannel, TeacherRefused
+from engine.errors import TeacherRefused
 from engine.schedule import Schedule
 from engine.tracing import span
 from engine.transport.channel import Receiver, Sender
@@ -59,21 +59,18 @@ class TeacherProxy(Actor):
         """Received and not yet sent on."""
 
     async def run(self) -> None:
-        async with InFlight(limit=self._concurrency) as tasks:
-            for rollout in list(self._held.values()):
-                await tasks.room()
-                tasks.start(self._score(rollout))
-            while True:
-                await tasks.room()
-                try:
-                    rollout = await self._rollouts.receive()
-                except EndOfChannel:
-                    break
-                self._held[rollout.rollout_id] = rollout
-                tasks.start(self._score(rollout))
-            await first_of(tasks.join(), self._schedule.wait_finished())
-            tasks.cancel()
+        await work_through(
+            self._rollouts,
+            lambda rollout: self._score(self._hold(rollout)),
+            limit=self._concurrency,
+            again=list(self._held.values()),
+            until=self._schedule.wait_finished,
+        )
         self._scored.close()
+
+    def _hold(self, rollout: Rollout) -> Rollout:
+        self._held[rollout.rollout_id] = rollout
+        return rollout
 
     async def _score(self, rollout: Rollout) -> None:
         try:

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from engine.actor import Actor, Worker
+from engine.errors import GeneratorDied
 from engine.generation.protocol import Generator
 from engine.recipe import WeightsConfig
 from engine.schedule import Schedule
-from engine.tracing import span
+from engine.tracing import log, span
 from engine.training.protocol import Trainer
 from engine.transport.channel import Receiver
 
@@ -79,7 +80,15 @@ class WeightSyncer(Actor):
         async for version in self._versions:
             # A restarted sampler may have loaded this version already.
             if self._schedule.live < version:
-                await self._push()
+                await self._push_or_wait(version)
+
+    async def _push_or_wait(self, version: int) -> None:
+        try:
+            await self._push()
+        except GeneratorDied as error:
+            # Its sampler starts it again, with the learner's present weights, or gives up and ends the run.
+            log.warning("weights.push_failed", version=version, error=str(error))
+            await self._schedule.wait_live(version)
 
     async def stop(self) -> None:
         await self._worker.close()
