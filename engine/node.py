@@ -109,7 +109,6 @@ class Node:
                     await asyncio.gather(task, return_exceptions=True)
             await self._port.stop()
             await parts.teacher.close()
-            parts.ledger.close()
         outcome = Outcome(
             version=parts.schedule.version, stopped_by=self._stopped_by, wall_s=parts.clock.now() - started
         )

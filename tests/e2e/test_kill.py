@@ -158,3 +158,70 @@ def start_run_that_waits_for_its_teacher(
         teacher.send_signal(signal.SIGSTOP)
         wait_for(out, "eval.started", process=process)
         return process, out, stack.pop_all()
+
+
+FLAKY = """
+import engine.build
+from engine.actors.sampler import Sampler
+
+_standard = recipe
+
+
+class Flaky(Sampler):
+    calls = 0
+
+    async def _answer(self, prompt):
+        Flaky.calls += 1
+        if Flaky.calls in (11, 23):
+            raise RuntimeError("the sampler trips")
+        await super()._answer(prompt)
+
+
+def recipe():
+    engine.build.Sampler = Flaky
+    return _standard()
+"""
+
+
+def test_a_sampler_that_fails_is_started_again_while_versions_travel(world: World, tmp_path: Path) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py", more=FLAKY), tmp_path / "out"
+    settings = ("--set", "steps=12", "--set", "max_staleness=2", "--set", "evaluation.every_steps=2")
+    run(recipe, "--out", str(out), "--json", *settings)
+
+    names = [line["event"] for line in events(out)]
+    assert names.count("actor.restarted") == 2
+    assert "rollout.requeued" in names
+    assert_exactly_once(out, steps=12, per_step=4, max_staleness=2)
+
+
+def test_a_backlog_at_a_teacher_that_is_away_does_not_outlive_the_grace(world: World, tmp_path: Path) -> None:
+    port, out = free_port(), tmp_path / "out"
+    recipe = world.recipe(tmp_path / "r.py", urls=(f"http://127.0.0.1:{port}",))
+    settings = ("teacher.max_in_flight=1", "steps=400", "max_staleness=3", "node.grace_s=0.2")
+    with teacher_process(world, port) as teacher:
+        process = start_run(recipe, "--out", str(out), *(word for s in settings for word in ("--set", s)))
+        wait_for(out, "learner.step", process=process, step=2)
+        teacher.kill()
+        wait_for(out, "teacher.parked", process=process)
+        process.send_signal(signal.SIGTERM)
+        stopped = finish(process)
+
+    assert stopped.code == 3, stopped.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_run_began_is_one_line(world: World, tmp_path: Path, name: signal.Signals) -> None:
+    # A recipe that says when it is being read: the process is somewhere between its start and the run's.
+    ready = tmp_path / "ready"
+    more = f"\nimport pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)\n"
+    process = start_run(world.recipe(tmp_path / "r.py", more=more), "--out", str(tmp_path / "out"))
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # another process has no event to wait for
+    process.send_signal(name)
+    stopped = finish(process)
+
+    assert stopped.code == 128 + name
+    assert stopped.stderr == f"stopped by {name.name}; nothing was under way\n"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,135 @@
+"""What the command line does once it is parsed: check, show, or run. Errors become one line and an exit code here."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from engine.build import build, make_parts
+from engine.check import Checked, check
+from engine.clock import SystemClock
+from engine.errors import ActorFailed, EngineError, UserError
+from engine.graph import Graph
+from engine.load_recipe import load_recipe
+from engine.metrics import NodeMetrics, StepLog
+from engine.monitor.summary import summarise
+from engine.monitor.terminal import Terminal
+from engine.node import Node, Outcome
+from engine.parts import Parts
+from engine.recipe import Recipe, describe
+from engine.run_dir import RunDir, default_out, newest_run
+from engine.tracing import Tracing, log
+
+EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_STOPPED = 0, 1, 2, 3
+
+
+def command(options: argparse.Namespace) -> int:
+    """Do what the options of ``engine.run`` say; returns the exit code."""
+    try:
+        recipe, graph = load_recipe(Path(options.recipe), options.set)
+        if options.show:
+            return _show(recipe, graph, as_json=options.json)
+        return uvloop.run(_run(recipe, graph, options))
+    except UserError as error:
+        _say_error(str(error), as_json=options.json)
+        return EXIT_WRONG
+    except ActorFailed as failure:
+        _say_error(f"the run failed: {failure}", as_json=options.json)
+        return EXIT_FAILED
+    except EngineError as error:
+        _say_error(str(error), as_json=options.json)
+        return error.exit_code
+
+
+async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
+    with Tracing() as tracing:
+        out = _out(recipe, options)
+        checked = await check(recipe, out=out, resume=options.resume)
+        if options.check:
+            _say_findings(checked, as_json=options.json)
+            return EXIT_OK if checked.inputs is not None else EXIT_WRONG
+        if checked.inputs is None:
+            raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
+        run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
+        parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
+        with closing(parts.ledger), Terminal(tracing, live=_is_live(options)) as terminal:
+            outcome = await _run_node(parts, graph, tracing)
+        summary = summarise(recipe=recipe, run_dir=run_dir, outcome=outcome, view=terminal.view, parts=parts)
+        run_dir.write(run_dir.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        if options.json:
+            _write(msgspec.json.encode(summary).decode())
+        else:
+            terminal.show(summary)
+        if outcome.stopped_by is None or outcome.version >= recipe.steps:
+            return EXIT_OK
+        _say_how_to_continue(outcome, out, options)
+        return EXIT_STOPPED
+
+
+async def _run_node(parts: Parts, graph: Graph, tracing: Tracing) -> Outcome:
+    run_dir, metrics = parts.run_dir, NodeMetrics()
+    run_dir.keep_recipe(parts.recipe)
+    tracing.open(run_dir.path, run=parts.recipe.name, node="0")
+    tracing.subscribe("metrics", metrics.apply)
+    tracing.subscribe("metrics.jsonl", StepLog(run_dir.metrics).apply)
+    if parts.schedule.version:
+        log.info("run.resumed", step=parts.schedule.version)
+    return await Node(parts, build(graph, parts), metrics=metrics, on_start=tracing.adopt_libraries).run()
+
+
+def _is_live(options: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not options.json
+
+
+def _say_how_to_continue(outcome: Outcome, out: Path, options: argparse.Namespace) -> None:
+    changes = [word for assignment in options.set for word in ("--set", assignment)]
+    words = ["python", "-m", "engine.run", options.recipe, "--resume", "--out", str(out), *changes]
+    sys.stderr.write(
+        f"stopped by {outcome.stopped_by} after step {outcome.version}; continue with: {shlex.join(words)}\n"
+    )
+
+
+def _out(recipe: Recipe, options: argparse.Namespace) -> Path:
+    if options.out is not None:
+        return Path(options.out)
+    newest = newest_run(recipe.name) if options.resume else None
+    return newest or default_out(recipe.name, datetime.now())
+
+
+def _show(recipe: Recipe, graph: Graph, *, as_json: bool) -> int:
+    if as_json:
+        actors = [
+            {"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors
+        ]
+        channels = [{"name": c.name, "carries": c.carries, "max_items": c.max_items} for c in graph.channels]
+        shown: dict[str, Any] = {"actors": actors, "channels": channels, "recipe": msgspec.to_builtins(recipe)}
+        _write(msgspec.json.encode(shown).decode())
+    else:
+        _write(f"{graph.describe()}\n\n{describe(recipe)}")
+    return EXIT_OK
+
+
+def _say_findings(checked: Checked, *, as_json: bool) -> None:
+    if as_json:
+        _write(msgspec.json.encode({"ok": checked.inputs is not None, "findings": checked.findings}).decode())
+        return
+    for finding in checked.findings:
+        _write(f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.text}")
+
+
+def _say_error(text: str, *, as_json: bool) -> None:
+    if as_json:
+        _write(msgspec.json.encode({"error": text}).decode())
+    sys.stderr.write(f"error: {text}\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
