@@ -56,6 +56,10 @@ class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     names: tuple[str, ...]
     """Hugging Face parameter names."""
     tensors: tuple[torch.Tensor, ...]
+    """On one device."""
+    written: torch.cuda.Event | None = None
+    """Reached when they hold the version (``engine.transport.handoff.record``): who reads them on another CUDA stream
+    has it wait for this first. None: they hold it already, as always on CPU."""
 
 
 class Generator(Protocol):

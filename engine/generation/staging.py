@@ -3,6 +3,9 @@
 Copying 450 MB takes a tenth of a second and the sender may be slower still; the exchange moves pointers and takes well
 under a millisecond. So that is all a decode step waits for, and a version that turns out incomplete has touched
 nothing. The price is a second set of tensors; after an exchange the old ones are the space for the next version.
+
+On CUDA sender, copier and decoder may each work on a stream of their own, so all that changes hands does so through
+``handoff``: the sender's tensors to the copier, the copies to the decoder, and what they replace back to the copier.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from engine.errors import WeightsMismatch
 from engine.generation.packed import PackedLinear
 from engine.generation.protocol import Bucket
+from engine.transport.handoff import Ticket, consume, publish
 from engine.transport.manifest import WeightDigest
 
 Staged = frozenset[int]
@@ -54,6 +58,8 @@ class StagingArea:
         self._group_of = {name: index for index, group in enumerate(groups) for name in group.names}
         self._places = [_places(model, group) for group in groups]
         self._device = device
+        self._handed: Ticket | None = None
+        """The spare tensors on their way: staged ones to the decoder, replaced ones back to the copier."""
 
     def stage(self, buckets: Iterable[Bucket], *, is_wanted: Callable[[], bool], digest: str | None = None) -> Staged:
         """Copy a version aside. Called in a worker thread while the model decodes.
@@ -68,10 +74,11 @@ class StagingArea:
         """
         staged: set[int] = set()
         received = WeightDigest()
+        self._take_over()
         for bucket in buckets:
             if not is_wanted():
                 return frozenset(staged)
-            for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+            for name, tensor in zip(bucket.names, _written(bucket), strict=True):
                 staged.add(self._copy(name, tensor))
                 if digest is not None:
                     received.add(name, tensor)
@@ -89,13 +96,27 @@ class StagingArea:
                 f"weights: what came has digest {received.hexdigest()}, the version has {digest}; they were changed "
                 "while they travelled, so the generator keeps what it has"
             )
+        self._hand_over(staged)
         return frozenset(staged)
 
     def exchange(self, staged: Staged) -> None:
         """Point the model at what was staged. Called by the thread that decodes, between two steps."""
+        self._take_over()
         for index in staged:
             for place in self._places[index]:
                 place.exchange()
+        self._hand_over(staged)
+
+    def _hand_over(self, staged: Iterable[int]) -> None:
+        """What the calling thread has asked of the spare tensors comes before all that the other one will ask."""
+        spares = [place.spare for index in staged for place in self._places[index] if isinstance(place, _PlainPlace)]
+        tensors = [spare for spare in spares if spare is not None]
+        self._handed = publish(tensors) if tensors else None
+
+    def _take_over(self) -> None:
+        if self._handed is not None:
+            consume(self._handed)
+            self._handed = None
 
     def _copy(self, name: str, tensor: Tensor) -> int:
         index = self._group_of.get(name)
@@ -115,6 +136,13 @@ class StagingArea:
         return index
 
 
+def _written(bucket: Bucket) -> tuple[Tensor, ...]:
+    """Its tensors, and the calling thread's stream waits until they hold the version."""
+    if bucket.written is None:
+        return bucket.tensors
+    return consume(Ticket(tensors=bucket.tensors, device=bucket.tensors[0].device, event=bucket.written))
+
+
 class _Place(Protocol):
     def stage(self, tensor: Tensor) -> None: ...
     def exchange(self) -> None: ...
@@ -123,17 +151,17 @@ class _Place(Protocol):
 class _PlainPlace:
     def __init__(self, target: Tensor) -> None:
         self._target = target
-        self._spare: Tensor | None = None
+        self.spare: Tensor | None = None
 
     def stage(self, tensor: Tensor) -> None:
         with torch.no_grad():
-            if self._spare is None:
-                self._spare = torch.empty_like(self._target, requires_grad=False)
-            self._spare.copy_(tensor)
+            if self.spare is None:
+                self.spare = torch.empty_like(self._target, requires_grad=False)
+            self.spare.copy_(tensor)
 
     def exchange(self) -> None:
-        assert self._spare is not None, "nothing was staged"
-        self._target.data, self._spare = self._spare, self._target.data
+        assert self.spare is not None, "nothing was staged"
+        self._target.data, self.spare = self.spare, self._target.data
 
 
 class _PackedPlace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,24 +27,24 @@ def named_tensors(model: PreTrainedModel) -> Named:
     return tensors
 
 
-def buckets(tensors: Named, *, bucket_bytes: int) -> Iterator[Bucket]:
+def buckets(tensors: Named, *, bucket_bytes: int, written: torch.cuda.Event | None = None) -> Iterator[Bucket]:
     """Cut the list, in its order, into buckets of at most ``bucket_bytes``; a larger tensor has a bucket of its own.
 
-    Nothing is copied: the buckets hold the model's own memory.
+    Nothing is copied: the buckets hold the model's own memory. ``written``: as in ``Bucket``, for all of them.
     """
     group: Named = []
     size = 0
     for name, tensor in tensors:
         num_bytes = tensor.numel() * tensor.element_size()
         if group and size + num_bytes > bucket_bytes:
-            yield _bucket(group)
+            yield _bucket(group, written)
             group, size = [], 0
         group.append((name, tensor))
         size += num_bytes
     if group:
-        yield _bucket(group)
+        yield _bucket(group, written)
 
 
-def _bucket(group: Named) -> Bucket:
+def _bucket(group: Named, written: torch.cuda.Event | None) -> Bucket:
     names, tensors = zip(*group, strict=True)
-    return Bucket(names=names, tensors=tensors)
+    return Bucket(names=names, tensors=tensors, written=written)

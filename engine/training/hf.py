@@ -23,13 +23,13 @@ from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
 from engine.streams import stream_key
 from engine.training import batch as batches
 from engine.training.batch import StudentBatch
-from engine.training.export import buckets, named_tensors
+from engine.training.export import Named, buckets, named_tensors
 from engine.training.model import Student, load_student
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
-from engine.transport.handoff import Uploader
+from engine.transport.handoff import Ticket, Uploader, consume, record
 from engine.transport.manifest import digest_of
 from engine.types import ScoredRollout, StepReport
 from ops import (
@@ -68,6 +68,8 @@ class HFTrainer:
         self._seed = seed
         self._state: _Loaded | None = None
         self._step = _StepSums()
+        self._weights_written: torch.cuda.Event | None = None
+        """On the stream of the thread that trains, which others know only by this event."""
 
     def start(self) -> None:
         self._start_from(Path(self._student_config.path))
@@ -122,6 +124,8 @@ class HFTrainer:
             )
         else:
             optimizer.clear()
+        # Here, not in ``export``: by then the stream may have the next step's passes queued.
+        self._weights_written = record(self._loaded.student.device)
         self.version += 1
         self._step = _StepSums()
         return StepReport(
@@ -151,15 +155,17 @@ class HFTrainer:
         return [result for result in results if result is not None]
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        return buckets(named_tensors(self._loaded.student.model), bucket_bytes=bucket_bytes)
+        tensors = named_tensors(self._loaded.student.model)
+        return buckets(tensors, bucket_bytes=bucket_bytes, written=self._weights_written)
 
     def digest(self) -> str:
         """See ``engine.transport.manifest`` for its strength; 25 ms for 450 MB on one core."""
-        return digest_of(named_tensors(self._loaded.student.model))
+        return digest_of(self._written_weights())
 
     def save(self, folder: Path) -> None:
         """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
         loaded, state = self._loaded, TrainerState(version=self.version)
+        self._written_weights()  # and with them the optimizer's state: both are read on this thread's stream
         save_student(loaded.student.model, Path(self._student_config.path), folder / STUDENT)
         save_trainer(folder / TRAINER, optimizer=loaded.optimizer.state(), state=state)
 
@@ -176,6 +182,14 @@ class HFTrainer:
     def stop(self) -> None:
         self._state = None
 
+    def _written_weights(self) -> Named:
+        """What makes up a version; the calling thread's stream waits until it is written."""
+        student = self._loaded.student
+        named = named_tensors(student.model)
+        tensors = tuple(tensor for _, tensor in named)
+        consume(Ticket(tensors=tensors, device=student.device, event=self._weights_written))
+        return named
+
     def _start_from(self, folder: Path) -> None:
         torch.set_num_threads(self._config.num_threads)
         student = load_student(self._student_config, self._config, folder=folder)
@@ -190,6 +204,7 @@ class HFTrainer:
             uploader=Uploader(student.device),
             workspace=workspace,
         )
+        self._weights_written = record(student.device)
         self._step = _StepSums()
 
     @property

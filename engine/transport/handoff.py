@@ -43,6 +43,22 @@ class Ticket:
     """Reached when the tensors are written; None on CPU, where they are."""
 
 
+def record(device: torch.device, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event | None:
+    """The moment at which what ``stream`` was asked to do until now is done. None on CPU, where it is done.
+
+    For tensors that are handed over later, by another thread, than they were written: ``publish`` would record where
+    that thread stands. Goes into a ``Ticket`` with them.
+
+    Args:
+        stream: of ``device``; the current stream of the calling thread unless told otherwise.
+    """
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream or torch.cuda.current_stream(device))
+    return event
+
+
 def publish(tensors: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = None) -> Ticket:
     """Hand tensors over: what ``stream`` was asked to do until now happens before anything that a consumer does.
 
@@ -60,11 +76,7 @@ def publish(tensors: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = 
         names = ", ".join(sorted(map(str, devices))) or "none"
         raise ValueError(f"a handoff takes tensors of one device, got {names}; publish one ticket for each device")
     [device] = devices
-    if device.type != "cuda":
-        return Ticket(tensors=tuple(tensors), device=device, event=None)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(stream or torch.cuda.current_stream(device))
-    return Ticket(tensors=tuple(tensors), device=device, event=event)
+    return Ticket(tensors=tuple(tensors), device=device, event=record(device, stream))
 
 
 def consume(ticket: Ticket, stream: torch.cuda.Stream | None = None) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from engine.transport.handoff import (
     lay_out,
     pack,
     publish,
+    record,
     unpack,
 )
 
@@ -44,6 +45,10 @@ def assert_same(tensors: tuple[Tensor, ...] | list[Tensor], arrays: list[HostArr
         else:
             assert tensor.cpu().numpy().dtype == array.dtype.newbyteorder("=")
             np.testing.assert_array_equal(tensor.cpu().numpy(), array)
+
+
+def test_on_cpu_there_is_no_moment_to_wait_for() -> None:
+    assert record(torch.device("cpu")) is None
 
 
 def test_on_cpu_a_handoff_passes_the_same_tensors_on() -> None:

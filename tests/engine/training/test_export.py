@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from engine.generation import staging
+from engine.training import hf
 from engine.training.export import buckets, named_tensors
 from engine.transport.manifest import digest_of
+from tests.engine.training.cases import make_step, make_trainer, started
 from tests.support.models import load, tiny_model
 
 
@@ -51,6 +55,57 @@ def test_buckets_keep_the_order_and_the_limit_and_share_memory(sizes: list[int],
         assert len(bucket.names) == 1 or sum(t.numel() for t in bucket.tensors) <= limit
     for bucket, following in pairwise(found):
         assert sum(t.numel() for t in bucket.tensors) + following.tensors[0].numel() > limit
+
+
+def test_every_bucket_says_when_the_version_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is of the moment of the optimizer's step, not of the export."""
+    moments = iter(range(100))
+    monkeypatch.setattr(hf, "record", lambda device: next(moments))
+    trainer = started(tiny_model(tmp_path))
+
+    def exported() -> set[object]:
+        return {bucket.written for bucket in trainer.export(bucket_bytes=1 << 12)}
+
+    assert exported() == exported() == {0}
+    trainer.accumulate(make_step())
+    assert exported() == {0}
+    trainer.finish_step()
+    assert exported() == {1}
+
+
+def test_on_cpu_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
+    trainer = started(tiny_model(tmp_path))
+
+    assert {bucket.written for bucket in trainer.export(bucket_bytes=1 << 12)} == {None}
+
+
+@pytest.mark.gpu
+def test_export_and_digest_wait_for_an_optimizer_that_is_still_at_work(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    training, copying = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    trainer = make_trainer(folder, device="cuda")
+    with torch.cuda.stream(training):
+        trainer.start()
+        trainer.accumulate(make_step())
+        torch.cuda.synchronize()
+        step = trainer._loaded.optimizer.step
+
+        def slow_step(**arguments: Any) -> None:
+            torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
+            step(**arguments)
+
+        trainer._loaded.optimizer.step = slow_step  # type: ignore[method-assign]
+        trainer.finish_step()
+    with torch.cuda.stream(copying):
+        digest = trainer.digest()
+        copies = [
+            (name, tensor.clone())
+            for bucket in trainer.export(bucket_bytes=1 << 20)
+            for name, tensor in zip(bucket.names, staging._written(bucket), strict=True)
+        ]
+    torch.cuda.synchronize()
+
+    assert digest == digest_of(copies) == digest_of(named_tensors(trainer._loaded.student.model))
 
 
 @given(
