@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
-from teacher.fingerprint import fingerprint
+from teacher.fingerprint import fingerprint, weights_fingerprint
 from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
 
 Layout = Literal["packed", "padded", "single"]
@@ -136,6 +136,7 @@ class TorchBackend:
             max_length=max_length,
             max_top_k=vocab_size if self._max_top_k is None else min(self._max_top_k, vocab_size),
             protocol=PROTOCOL,
+            weights_fingerprint=weights_fingerprint(self._folder),
         )
         with torch.inference_mode():
             self._find_layout(config, max_length)

@@ -46,16 +46,21 @@ class TeacherInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What ``/v1/info`` answers."""
 
     model: str
+    """A name for people; ``weights_fingerprint`` says which model it is."""
     vocab_size: int
     """Rows of the teacher's output layer."""
     tokenizer_size: int
     """Tokens that the tokenizer knows."""
     tokenizer_fingerprint: str
-    """Hex BLAKE2b over the tokenizer's sorted (token, id) pairs (``teacher.fingerprint``)."""
+    """Hex BLAKE2b over the tokenizer's sorted (token, id) pairs (``teacher.fingerprint``).
+
+    With ``vocab_size`` it says all there is of a vocabulary: what each id means, and how many more rows there are."""
     max_length: int
     """Prompt and response tokens together."""
     max_top_k: int
     protocol: int
+    weights_fingerprint: str = ""
+    """Hex BLAKE2b of the weight files (``teacher.fingerprint``, with its strength); empty: not said."""
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):

@@ -221,10 +221,10 @@ def backoff_s(attempt: int, *, first_s: float, max_s: float, rng: random.Random)
 def difference(known: TeacherInfo, found: TeacherInfo) -> str | None:
     """Why ``found`` cannot stand in for ``known``, in words; None when it can.
 
-    Token ids and the model must be the same; limits may be wider but not narrower, because requests that were fine at
-    one replica would be refused by the other.
+    Token ids and weights must be the same, whatever the folders are called; limits may be wider but not narrower,
+    because requests that were fine at one replica would be refused by the other.
     """
-    for field in ("model", "vocab_size", "tokenizer_size", "tokenizer_fingerprint", "protocol"):
+    for field in ("vocab_size", "tokenizer_size", "tokenizer_fingerprint", "weights_fingerprint", "protocol"):
         ours, theirs = getattr(known, field), getattr(found, field)
         if ours != theirs:
             return f"{field} is {theirs!r}, the other replicas have {ours!r}"

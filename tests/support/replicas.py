@@ -22,9 +22,11 @@ INFO = TeacherInfo(
     max_length=512,
     max_top_k=64,
     protocol=PROTOCOL,
+    weights_fingerprint="aaaa",
 )
 
-OTHER_MODEL = msgspec.structs.replace(INFO, model="tiny-2")
+OTHER_MODEL = msgspec.structs.replace(INFO, weights_fingerprint="bbbb")
+"""In a folder of the same name."""
 
 Held = Literal["held"]
 Outcome = Exception | Held | None

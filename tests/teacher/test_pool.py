@@ -543,7 +543,10 @@ async def test_a_replica_that_comes_back_with_another_model_is_not_asked(
         assert len(replica.calls) == 1
         assert of(pool, "a").state == "rejected"
         (line,) = named(lines, "teacher.replica_rejected")
-        assert (line["replica"], line["reason"]) == ("a", "model is 'tiny-2', the other replicas have 'tiny'")
+        assert (line["replica"], line["reason"]) == (
+            "a",
+            "weights_fingerprint is 'bbbb', the other replicas have 'aaaa'",
+        )
         assert len(named(lines, "teacher.parked")) == 1
 
         replica.die()
@@ -571,7 +574,9 @@ async def test_one_lost_request_is_enough_for_a_look_at_the_model(clock: ManualC
 
 async def test_replicas_that_differ_from_the_beginning_are_refused(clock: ManualClock) -> None:
     async with pool_of(clock, FakeReplica(), FakeReplica(info=OTHER_MODEL)) as pool:
-        with pytest.raises(TeacherMismatch, match=r"replicas a and b differ: at the second, model is 'tiny-2'"):
+        with pytest.raises(
+            TeacherMismatch, match=r"replicas a and b differ: at the second, weights_fingerprint is 'bbbb'"
+        ):
             await pool.info()
 
 

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from engine.recipe import HttpTeacher
 from teacher.backend_torch import TorchBackend
 from teacher.batcher import Batcher
+from teacher.fingerprint import weights_fingerprint
 from teacher.pool import ReplicaPool, connect
 from teacher.protocol import Scores
 from teacher.server import TeacherServer
@@ -147,7 +148,7 @@ async def test_scores_wait_for_the_killed_service_and_for_no_other_model(
 
         service.end(signal.SIGKILL)
         await until_named(lines, "teacher.parked")
-        async with serving(tiny_model(tmp_path / "stranger", seed=2), port=port):
+        async with serving(tiny_model(tmp_path / teacher_folder.name, seed=2), port=port):
             await until_named(lines, "teacher.replica_rejected")
             assert pool.statistics().num_parked > NUM_SCORES - 20
         async with serving(teacher_folder, port=port):
@@ -158,5 +159,6 @@ async def test_scores_wait_for_the_killed_service_and_for_no_other_model(
         assert parked["num_parked"] > NUM_SCORES - 20
         assert resumed["parked_s"] > 0
         (rejected,) = named(lines, "teacher.replica_rejected")
-        assert "model is 'stranger', the other replicas have 'tiny-teacher'" in rejected["reason"]
+        ours, theirs = weights_fingerprint(teacher_folder), weights_fingerprint(tmp_path / teacher_folder.name)
+        assert rejected["reason"] == f"weights_fingerprint is {theirs!r}, the other replicas have {ours!r}"
         assert pool.statistics().num_open == 0

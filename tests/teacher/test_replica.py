@@ -194,7 +194,8 @@ def test_a_backoff_uses_the_whole_interval_and_doubles() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "other"}, "model is 'other', the other replicas have 'tiny'"),
+        ({"weights_fingerprint": "ffff"}, "weights_fingerprint is 'ffff', the other replicas have 'aaaa'"),
+        ({"weights_fingerprint": ""}, "weights_fingerprint is ''"),
         ({"vocab_size": 400}, "vocab_size is 400"),
         ({"tokenizer_size": 383}, "tokenizer_size is 383"),
         ({"tokenizer_fingerprint": "ffff"}, "tokenizer_fingerprint is 'ffff'"),
@@ -210,6 +211,7 @@ def test_another_teacher_is_told_by_what_differs(change: dict[str, Any], message
     assert message in why
 
 
-def test_wider_limits_are_no_difference() -> None:
+def test_wider_limits_and_other_folders_are_no_difference() -> None:
     assert difference(INFO, INFO) is None
+    assert difference(INFO, msgspec.structs.replace(INFO, model="a copy of it")) is None
     assert difference(INFO, msgspec.structs.replace(INFO, max_length=4096, max_top_k=100)) is None

@@ -19,9 +19,10 @@ from engine.errors import TeacherRefused, TeacherUnavailable
 from engine.recipe import LocalTeacher as LocalTeacherConfig
 from teacher import wire
 from teacher.client import TeacherClient
-from teacher.fingerprint import fingerprint
+from teacher.fingerprint import fingerprint, weights_fingerprint
 from teacher.local import LocalTeacher
 from teacher.protocol import score_request
+from teacher.replica import difference
 from tests.support.models import load, tiny_tokenizer
 from tests.teacher.conftest import Service
 from tests.teacher.test_backend_torch import TOLERANCE, assert_same, make_request, reference_scores
@@ -95,10 +96,13 @@ async def test_an_answer_computed_alone_has_the_same_bits_under_load(client: Tea
     np.testing.assert_array_equal(loud.top_logprobs, quiet.top_logprobs)
 
 
-async def test_info_has_the_fingerprint_of_the_tokenizer(client: TeacherClient, tmp_path: Path) -> None:
+async def test_info_has_the_fingerprints_of_tokenizer_and_weights(
+    client: TeacherClient, teacher_folder: Path, tmp_path: Path
+) -> None:
     info = await client.info()
 
     assert info.tokenizer_fingerprint == fingerprint(tiny_tokenizer(tmp_path))
+    assert info.weights_fingerprint == weights_fingerprint(teacher_folder)
     assert (info.model, info.vocab_size, info.max_top_k) == ("tiny-teacher", 384, 384)
 
 
@@ -116,7 +120,7 @@ async def test_the_teacher_in_process_says_what_the_service_says(client: Teacher
     assert near.extra_logprobs is not None
     assert far.extra_logprobs is not None
     np.testing.assert_allclose(near.extra_logprobs, far.extra_logprobs, atol=TOLERANCE)
-    assert (await local.info()).tokenizer_fingerprint == (await client.info()).tokenizer_fingerprint
+    assert difference(await client.info(), await local.info()) is None
     await local.close()
     await local.close()
 
