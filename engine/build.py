@@ -4,6 +4,7 @@ classes. Nothing here runs; ``engine.node`` starts what is made."""
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine.actors.weight_syncer import WeightPush, WeightSyncer
 from engine.check import Inputs, load_scorer, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
+from engine.errors import RecipeError, UserError
 from engine.flow import Flow
 from engine.generation.protocol import Generator
 from engine.graph import ActorSpec, ChannelSpec, Graph, Ports
@@ -169,7 +171,11 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
 
 
 def build(graph: Graph, parts: Parts) -> Built:
-    """Make the channels and the actors of ``graph``."""
+    """Make the channels and the actors of ``graph``. The ledger is closed when that fails.
+
+    Raises:
+        RecipeError: a maker of the user's own raised, or made something else than an actor.
+    """
     graph.check()
     ends: dict[str | None, tuple[Sender[Any], Receiver[Any]]] = {
         channel.name: open_channel(
@@ -182,17 +188,22 @@ def build(graph: Graph, parts: Parts) -> Built:
         for channel in graph.channels
     }
     nothing: tuple[Sender[Any], Receiver[Any]] = open_channel("nothing", max_items=1)
-    actors = tuple(
-        spec.make(
-            Ports(
-                name=spec.name,
-                input=ends.get(spec.consumes, nothing)[1],
-                output=ends.get(spec.produces, nothing)[0],
-                parts=parts,
+    try:
+        actors = tuple(
+            _make_actor(
+                spec,
+                Ports(
+                    name=spec.name,
+                    input=ends.get(spec.consumes, nothing)[1],
+                    output=ends.get(spec.produces, nothing)[0],
+                    parts=parts,
+                ),
             )
+            for spec in graph.start_order()
         )
-        for spec in graph.start_order()
-    )
+    except BaseException:
+        parts.ledger.close()
+        raise
     return Built(
         actors=actors,
         restarts={spec.name: spec.restart for spec in graph.actors},
@@ -201,6 +212,25 @@ def build(graph: Graph, parts: Parts) -> Built:
         ),
         senders={name: sender for name, (sender, _) in ends.items() if name is not None},
     )
+
+
+def _make_actor(spec: ActorSpec, ports: Ports) -> Actor:
+    try:
+        actor = spec.make(ports)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        # What fails in our own makers is our mistake and keeps its traceback.
+        if getattr(spec.make, "__module__", None) == __name__:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"actor {spec.name!r}: its make(ports) raised {type(error).__name__}: {error} "
+            f"({last.filename}:{last.lineno})"
+        ) from error
+    if not isinstance(actor, Actor):
+        raise RecipeError(f"actor {spec.name!r}: its make(ports) returned {type(actor).__name__}, expected an Actor")
+    return actor
 
 
 def _schedule(recipe: Recipe, prompts: PromptSet, ledger: Ledger, checkpoint: Checkpoint | None) -> Schedule:

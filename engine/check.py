@@ -6,8 +6,9 @@ are tried, so that one look shows all mistakes.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
-import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +16,23 @@ from typing import Any
 
 import msgspec
 
-from engine.checkpoint import check_disk
+from engine.checkpoint import CheckpointStore, check_disk
 from engine.errors import (
     EngineError,
-    ModelError,
     RecipeError,
     RunDirError,
     TeacherMismatch,
     TeacherUnavailable,
     UserError,
 )
+from engine.model_folder import look_at_model, stop_ids, vocab_size
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
 from engine.recipe import EvalConfig, HttpTeacher, LocalTeacher, Recipe
 from engine.run_dir import RunDir
 from engine.types import SamplingParams
 from teacher.fingerprint import fingerprint
 from teacher.protocol import PROTOCOL, TeacherInfo
+from teacher.replica import difference
 from teacher.token import read_token
 
 
@@ -50,6 +52,8 @@ class Student(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Tokenizer
     max_length: int
     """Positions that it has."""
+    vocab_size: int
+    """Rows of its output layer."""
     stop_ids: tuple[int, ...]
     weight_bytes: int
 
@@ -107,6 +111,8 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
     attempt("port", lambda: _port(recipe))
     if out is not None:
         attempt("folder", lambda: _folder(out, resume=resume))
+        if resume and RunDir(out).recipe.exists():
+            attempt("resume", lambda: _earlier_run(recipe, out))
     whole = all(finding.ok for finding in findings) and student is not None and prompts is not None
     return Checked(
         findings=tuple(findings),
@@ -134,38 +140,13 @@ def load_scorer(name: str) -> Callable[[str, str], float]:
     module_name, _, function_name = name.partition(":")
     try:
         scorer = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise RecipeError(
-            f"evaluation.scorer={name!r} cannot be loaded: {error}; expected 'module:function'"
+            f"evaluation.scorer={name!r} cannot be loaded: {type(error).__name__}: {error}; expected 'module:function'"
         ) from error
     if not callable(scorer):
         raise RecipeError(f"evaluation.scorer={name!r} is {type(scorer).__name__}, expected a function")
     return scorer  # type: ignore[no-any-return]
-
-
-def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
-    """The transformers config of a model folder.
-
-    Raises:
-        ModelError: missing, unreadable, without weights, or not a causal language model.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(f"{role} {path!r} is not a folder; expected a model in Hugging Face format")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{role} {path!r} has no config.json; expected a model in Hugging Face format")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{role} {path!r} has no *.safetensors; save the model with save_pretrained")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{role} {path!r}: config.json cannot be read: {error}") from error
-    if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{role} {path!r} is a {config.model_type!r} model, expected a causal language model")
-    return config
 
 
 def _student(recipe: Recipe) -> tuple[str, Student]:
@@ -177,20 +158,11 @@ def _student(recipe: Recipe) -> tuple[str, Student]:
         config=config,
         tokenizer=tokenizer,
         max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
-        stop_ids=_stop_ids(Path(path), config),
+        vocab_size=vocab_size(config, path=path, role="student.path"),
+        stop_ids=stop_ids(path, config, role="student.path"),
         weight_bytes=weight_bytes,
     )
-    return f"{path}: {config.model_type}, {weight_bytes / 2**20:,.0f} MiB, vocabulary {config.vocab_size:,}", student
-
-
-def _stop_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    ids = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    if ids is None:
-        ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return f"{path}: {config.model_type}, {weight_bytes / 2**20:,.0f} MiB, vocabulary {student.vocab_size:,}", student
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
@@ -249,6 +221,11 @@ async def _teacher(recipe: Recipe, student: Student) -> str:
     for url, info in answers:
         _compare(url, info, recipe, student)
     url, info = answers[0]
+    for other_url, other in answers[1:]:
+        if (why := difference(info, other)) is not None:
+            raise TeacherMismatch(
+                f"teachers {url} and {other_url} are not the same: {why}; start all replicas with one --model"
+            )
     return f"{url}: {info.model}, vocabulary {info.vocab_size:,}" + (
         f", and {len(answers) - 1} more replicas" if len(answers) > 1 else ""
     )
@@ -263,14 +240,15 @@ def connect_one(teacher: HttpTeacher, url: str) -> Any:
 
 def _local_teacher(teacher: LocalTeacher, recipe: Recipe, student: Student) -> str:
     config = look_at_model(teacher.model, trust_remote_code=teacher.trust_remote_code, role="teacher.model")
+    size = vocab_size(config, path=teacher.model, role="teacher.model")
     tokenizer = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
     info = TeacherInfo(
         model=teacher.model,
-        vocab_size=config.vocab_size,
+        vocab_size=size,
         tokenizer_size=len(tokenizer.get_vocab()),
         tokenizer_fingerprint=fingerprint(tokenizer),
         max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
-        max_top_k=config.vocab_size,
+        max_top_k=size,
         protocol=PROTOCOL,
     )
     _compare(teacher.model, info, recipe, student)
@@ -285,6 +263,13 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
             f"{info.tokenizer_size:,} tokens, the student {recipe.student.path} has {ours[:12]} with "
             f"{len(student.tokenizer.get_vocab()):,}: their token ids mean different "
             "things; use a teacher and a student of one family"
+        )
+    # One tokenizer, but another padding: a row that the other model lacks has no counterpart in the divergence.
+    if info.vocab_size != student.vocab_size:
+        raise TeacherMismatch(
+            f"teacher {name} ({info.model}) has {info.vocab_size:,} output rows, the student {recipe.student.path} has "
+            f"{student.vocab_size:,}: with one tokenizer this is padding of different size; make them equal with "
+            "resize_token_embeddings on the student, or use models of one vocab_size"
         )
     top_k = max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
     if top_k > info.max_top_k:
@@ -313,6 +298,11 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
             raise RecipeError(f"{field}={name!r} is not a device: {error}") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"{field}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+        try:
+            torch.empty(1, device=device).cpu()
+        except Exception as error:  # each back end has its own: RuntimeError, AssertionError, ImportError
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise RecipeError(f"{field}={name!r} cannot compute here: {reason}; use 'cpu' or 'cuda:N'") from error
     return ", ".join(f"{field}={name}" for field, name in named.items()), None
 
 
@@ -353,6 +343,7 @@ def _folder(out: Path, *, resume: bool) -> tuple[str, None]:
         raise RunDirError(
             f"{out} holds a run already; continue it with --resume --out {out}, or name another folder with --out"
         )
+    _not_in_use(out)
     existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -365,3 +356,31 @@ def _folder(out: Path, *, resume: bool) -> tuple[str, None]:
     except OSError as error:
         raise RunDirError(f"cannot write in {existing}: {error.strerror}; name a writable folder with --out") from error
     return f"{out} can be written", None
+
+
+def _not_in_use(out: Path) -> None:
+    """No living process holds the lock of ``engine.ledger``. Looks with a shared lock, given back at once."""
+    path = RunDir(out).ledger.with_suffix(".lock")
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no earlier run; or a folder that cannot be used, which is said below
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+        raise RunDirError(
+            f"{out} is in use by process {owner}; wait for it to end, stop it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot be locked ({error.strerror}); use a local file system") from error
+    finally:
+        os.close(lock)
+
+
+def _earlier_run(recipe: Recipe, out: Path) -> tuple[str, None]:
+    run = RunDir.resume(out, recipe)
+    checkpoint = CheckpointStore(run.checkpoints, keep=recipe.checkpoint.keep).latest()
+    if checkpoint is None:
+        return f"{out} has no checkpoint yet: the run begins anew", None
+    return f"{out} goes on after step {checkpoint.step}", None

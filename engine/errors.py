@@ -122,7 +122,7 @@ class ActorFailed(EngineError):
         super().__init__(f"actor {actor!r} failed: {type(cause).__name__}: {cause}")
         self.actor = actor
         self.cause = cause
-        """What the actor raised; a ``UserError`` here is the user's to mend, and its exit code is the run's."""
+        """What the actor raised; also when it is a ``UserError``, the run had started and ends with exit code 1."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (ActorFailed, (self.actor, self.cause))

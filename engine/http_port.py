@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -11,7 +10,7 @@ from aiohttp import web
 from engine.errors import RecipeError
 from engine.recipe import NodeConfig
 from engine.tracing import log
-from teacher.token import read_token
+from teacher.token import is_authorized, read_token
 
 _OPEN_TO_ALL = ("/healthz", "/readyz")
 """Probes of schedulers carry no token, and learn nothing but alive or ready."""
@@ -77,10 +76,9 @@ class HttpPort:
     async def _authorize(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        if self._token is not None and request.path not in _OPEN_TO_ALL:
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-                raise web.HTTPUnauthorized(text="send the token of node.token_file as: Authorization: Bearer TOKEN\n")
+        given = request.headers.get("Authorization")
+        if request.path not in _OPEN_TO_ALL and not is_authorized(given, self._token):
+            raise web.HTTPUnauthorized(text="send the token of node.token_file as: Authorization: Bearer TOKEN\n")
         return await handler(request)
 
     async def _healthz(self, _: web.Request) -> web.Response:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.build import standard_graph
 from engine.errors import RecipeError
-from engine.graph import Graph
+from engine.graph import ActorSpec, ChannelSpec, Graph
 from engine.recipe import Recipe, with_overrides
 
 EditGraph = Callable[[Graph], Graph]
@@ -36,13 +36,28 @@ def load_recipe(path: Path, assignments: list[str]) -> tuple[Recipe, Graph]:
     recipe = with_overrides(returned, assignments)
     graph = standard_graph(recipe)
     if edit is not None:
-        graph = edit(graph)
-        if not isinstance(graph, Graph):
-            raise RecipeError(
-                f"{path}: the function beside the recipe returned {type(graph).__name__}, expected a Graph"
-            )
+        graph = _edited(graph, edit, path)
     graph.check()
     return recipe, graph
+
+
+def _edited(graph: Graph, edit: EditGraph, path: Path) -> Graph:
+    try:
+        edited = edit(graph)
+    except RecipeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"{path}{_line_of(error, path)}: {_name_of(error)}, in the graph function") from error
+    if not isinstance(edited, Graph):
+        raise RecipeError(f"{path}: the function beside the recipe returned {type(edited).__name__}, expected a Graph")
+    for field, kind in (("actors", ActorSpec), ("channels", ChannelSpec)):
+        listed = getattr(edited, field)
+        if not isinstance(listed, tuple) or not all(isinstance(spec, kind) for spec in listed):
+            raise RecipeError(
+                f"{path}: the graph's {field} are {listed!r:.200}, expected a tuple of {kind.__name__}; change the "
+                "graph with insert, or with msgspec.structs.replace"
+            )
+    return edited
 
 
 def _call(path: Path) -> object:
@@ -62,13 +77,20 @@ def _call(path: Path) -> object:
         return make()
     except RecipeError:
         raise
-    except Exception as error:
-        raise RecipeError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    # A recipe that exits would end the command as if a run had been done.
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"{path}{_line_of(error, path)}: {_name_of(error)}") from error
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """ ":LINE" of the recipe file where the error came from."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f":{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f":{lines[-1]}" if lines else ""
+
+
+def _name_of(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r}); raise an error instead"
+    return f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ only whether a tree of values makes sense. ``engine.build`` turns the tree into 
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -20,6 +21,7 @@ NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -137,7 +139,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     """Linear from 0."""
     min_lr_share: Fraction = 0.0
     """Where cosine ends, as a share of ``lr``."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat | None = 1.0
@@ -245,6 +247,8 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"{self.sampler.max_new_tokens} = {longest} tokens do not fit into learner.micro_batch_tokens="
                 f"{self.learner.micro_batch_tokens}; raise the last or lower one of the others"
             )
+        if self.evaluation is not None:
+            self._check_evaluation(self.evaluation)
         if self.data.reference_share > 0 and self.data.reference_column is None:
             raise RecipeError(
                 f"data.reference_share={self.data.reference_share} needs data.reference_column, which is not set; "
@@ -261,6 +265,17 @@ class Recipe(Section, frozen=True, kw_only=True):
                 "name a file with a token, or bind to 127.0.0.1"
             )
 
+    def _check_evaluation(self, evaluation: EvalConfig) -> None:
+        named = "sampler" if evaluation.max_new_tokens is None else "evaluation"
+        new_tokens = evaluation.max_new_tokens or self.sampler.max_new_tokens
+        longest = evaluation.data.max_prompt_tokens + new_tokens
+        if longest > self.learner.micro_batch_tokens:
+            raise RecipeError(
+                f"evaluation.data.max_prompt_tokens={evaluation.data.max_prompt_tokens} + {named}.max_new_tokens="
+                f"{new_tokens} = {longest} tokens do not fit into learner.micro_batch_tokens="
+                f"{self.learner.micro_batch_tokens}; raise the last or lower one of the others"
+            )
+
 
 def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
     """Apply ``a.b=value`` strings, then check types and bounds of the whole tree.
@@ -272,7 +287,7 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
         RecipeError: no such field, a value of the wrong type or out of its bounds, or fields that contradict each
         other.
     """
-    tree: dict[str, Any] = msgspec.to_builtins(recipe)
+    tree = _tree(recipe)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator:
@@ -302,6 +317,30 @@ def from_json(text: bytes) -> Recipe:
         return msgspec.json.decode(text, type=Recipe)
     except msgspec.MsgspecError as error:
         raise RecipeError(f"recipe.json: {error}; was it written by another version of this program?") from error
+
+
+def _tree(recipe: Recipe) -> dict[str, Any]:
+    try:
+        tree: dict[str, Any] = msgspec.to_builtins(recipe)
+    except (TypeError, ValueError, RecursionError) as error:
+        path, value = _no_setting(recipe, "")
+        hint = "; write str(...) around it" if isinstance(value, PurePath) else ""
+        raise RecipeError(
+            f"recipe {recipe.name!r}: {path} is {value!r} of type {type(value).__name__}, expected text, a number, "
+            f"true, false, null or a list{hint}"
+        ) from error
+    return tree
+
+
+def _no_setting(section: msgspec.Struct, path: str) -> tuple[str, object]:
+    """Path and value of the first field that is no plain value."""
+    for field in section.__struct_fields__:
+        value, here = getattr(section, field), f"{path}{field}"
+        try:
+            msgspec.to_builtins(value)
+        except (TypeError, ValueError, RecursionError):
+            return _no_setting(value, f"{here}.") if isinstance(value, msgspec.Struct) else (here, value)
+    return path.rstrip("."), section
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> None:

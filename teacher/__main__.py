@@ -96,6 +96,7 @@ class _LateBackend:
 
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         options = self._options
+        _check_device(options.device)
         self._backend = TorchBackend(
             model=options.model,
             device=options.device,
@@ -111,6 +112,17 @@ class _LateBackend:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
         return self._backend.score(requests)
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device from which no number comes back, before a model is read."""
+    import torch
+
+    try:
+        torch.empty(1, device=name).cpu()
+    except Exception as error:  # each back end has its own: RuntimeError, AssertionError, ImportError
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise UserError(f"--device {name!r} cannot compute here: {reason}; use cpu or cuda:N") from None
 
 
 async def _load(batcher: Batcher, asked_to_stop: asyncio.Event) -> bool:

@@ -53,8 +53,7 @@ class TeacherClient:
         values: Values = "float16",
         timeout_s: float = 120.0,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_url(url):
             raise UserError(f"teacher url {url!r} is not one; expected for example http://127.0.0.1:8900")
         self.url = url.rstrip("/")
         self._token_file = token_file
@@ -191,6 +190,14 @@ class TeacherClient:
         if 400 <= status < 500 and status != 408:
             raise TeacherRefused(message, status=status)
         raise TeacherUnavailable(message)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number or too large
+        return False
 
 
 async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:

@@ -73,6 +73,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.graph",
         "engine.http_port",
         "engine.load_recipe",
+        "engine.model_folder",
         "engine.monitor.*",
         "engine.node",
         "engine.parts",

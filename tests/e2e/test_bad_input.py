@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
+from engine.prompts import load_tokenizer
 from engine.run import main
-from tests.e2e.runs import World, assert_exactly_once, finish, free_port, run, start_run, teacher_process, wait_for
+from teacher.fingerprint import fingerprint
+from teacher.protocol import PROTOCOL, TeacherInfo
+from tests.e2e.runs import (
+    ROOT,
+    World,
+    assert_exactly_once,
+    environment,
+    finish,
+    free_port,
+    run,
+    start_run,
+    teacher_process,
+    wait_for,
+)
 from tests.support.disk import tiny_disk
 from tests.support.models import tiny_model, write_jsonl
 
@@ -41,6 +59,8 @@ def refuse(capfd: pytest.CaptureFixture[str]) -> Refuse:
         ("def recipe():\n    return 1 / 0\n", "r.py:2: ZeroDivisionError"),
         ("import nothing_of_that_name\n", "r.py:1: ModuleNotFoundError"),
         ("def recipe():\n    return 7\n", "recipe() returned int, expected a Recipe"),
+        ("import sys\n\ndef recipe():\n    sys.exit()\n", "r.py:4: it called sys.exit(None)"),
+        ("raise SystemExit(0)\n", "r.py:1: it called sys.exit(0)"),
     ],
 )
 def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, message: str, refuse: Refuse) -> None:
@@ -52,6 +72,67 @@ def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, 
 
 def test_a_missing_recipe_file(tmp_path: Path, refuse: Refuse) -> None:
     assert "is not a file" in refuse(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", ": ZeroDivisionError: division by zero, in the graph function"),
+        ("raise SystemExit", "it called sys.exit(None)"),
+        ("return 7", "returned int, expected a Graph"),
+        ("return Graph(actors=None, channels=())", "the graph's actors are None, expected a tuple of ActorSpec"),
+        ("return Graph(actors=(1,), channels=())", "the graph's actors are (1,), expected a tuple of ActorSpec"),
+        ("return graph.insert('mine', after='nobody', make=print)", "the graph has no actor 'nobody'"),
+    ],
+)
+def test_a_broken_graph_function(world: World, tmp_path: Path, body: str, message: str, refuse: Refuse) -> None:
+    assert message in refuse(_with_graph(world, tmp_path, body), "--check")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("lambda ports: 1 / 0", "actor 'mine': its make(ports) raised ZeroDivisionError: division by zero"),
+        ("lambda ports: 7", "actor 'mine': its make(ports) returned int, expected an Actor"),
+    ],
+)
+def test_an_actor_that_cannot_be_made(world: World, tmp_path: Path, make: str, message: str, refuse: Refuse) -> None:
+    out = tmp_path / "o"
+    body = f"return graph.insert('mine', after='sampler', make={make})"
+
+    assert message in refuse(_with_graph(world, tmp_path, body), "--out", str(out))
+    with (out / "ledger.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _with_graph(world: World, folder: Path, body: str) -> Path:
+    """A recipe with ``def edit(graph): BODY`` beside it."""
+    more = f"""
+from engine.graph import Graph
+
+_plain = recipe
+
+def edit(graph):
+    {body}
+
+def recipe():
+    return _plain(), edit
+"""
+    return world.recipe(folder / "r.py", more=more)
+
+
+def test_a_value_that_is_no_setting_is_named(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    text = f"""
+from pathlib import Path
+import msgspec
+
+_plain = recipe
+
+def recipe():
+    return msgspec.structs.replace(_plain(), student=StudentConfig(path=Path({str(world.student)!r})))
+"""
+
+    assert "student.path is PosixPath" in refuse(world.recipe(tmp_path / "r.py", more=text), "--check")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +150,12 @@ def test_a_missing_recipe_file(tmp_path: Path, refuse: Refuse) -> None:
         ("data.prompt_column=question", "question"),
         ("learner.device=cuda:7", "CUDA devices"),
         ("learner.device=teapot", "is not a device"),
+        ("sampler.device=meta", "sampler.device='meta' cannot compute here"),
+        ("learner.device=vulkan", "learner.device='vulkan' cannot compute here"),
+        ("learner.betas=[0.9, 1.0]", "$.learner.betas"),
+        ("evaluation.max_new_tokens=200", "evaluation.max_new_tokens=200 = 328 tokens do not fit"),
+        ("evaluation.data.max_prompt_tokens=250", "sampler.max_new_tokens=8 = 258 tokens do not fit"),
+        ("evaluation.scorer=..a:x", "cannot be loaded"),
         ("evaluation.scorer=nowhere:score", "cannot be loaded"),
         ("teacher.model=nowhere", "is not a folder"),
         ("node.host=0.0.0.0", "node.token_file is not set"),
@@ -108,6 +195,134 @@ def test_a_teacher_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
 
     text = refuse(world.recipe(tmp_path / "r.py"), "--set", f"teacher.model={tmp_path / 'stranger'}")
     assert "token ids mean different things" in text
+
+
+@pytest.mark.parametrize("wider", ["teacher", "student"])
+def test_models_of_one_tokenizer_and_different_padding(
+    world: World, tmp_path: Path, wider: str, refuse: Refuse
+) -> None:
+    tiny_model(tmp_path / "wide", hidden=32, layers=1, vocab=512, seed=5)
+    field = "teacher.model" if wider == "teacher" else "student.path"
+
+    text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"{field}={tmp_path / 'wide'}")
+    rows = {wider: 512, "teacher": 384, "student": 384} | {wider: 512}
+    assert f"has {rows['teacher']} output rows" in text
+    assert f"has {rows['student']}:" in text
+    assert "resize_token_embeddings" in text
+
+
+def test_replicas_that_are_different_teachers(
+    world: World, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"http://a:1": "large", "http://b:1": "small"}
+
+    class Replica:
+        def __init__(self, url: str, **_: object) -> None:
+            self.url = url
+
+        async def info(self) -> TeacherInfo:
+            return TeacherInfo(
+                model=models[self.url],
+                vocab_size=384,
+                tokenizer_size=384,
+                tokenizer_fingerprint=fingerprint(load_tokenizer(str(world.teacher))),
+                max_length=512,
+                max_top_k=384,
+                protocol=PROTOCOL,
+            )
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("teacher.client.TeacherClient", Replica)
+    recipe = world.recipe(tmp_path / "r.py", urls=tuple(models))
+
+    assert "http://a:1 and http://b:1 are not the same: model is 'small'" in refuse(recipe, "--check")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a:99999", "http://a:b", "a:80", "http://"])
+def test_a_teacher_url_that_is_none(world: World, tmp_path: Path, url: str, refuse: Refuse) -> None:
+    assert "is not one; expected for example" in refuse(world.recipe(tmp_path / "r.py", urls=(url,)), "--check")
+
+
+def test_a_teacher_on_a_device_that_computes_nothing(world: World) -> None:
+    command = [sys.executable, "-m", "teacher", "--model", str(world.teacher), "--port", "0", "--device", "meta"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 2
+    assert "teacher: --device 'meta' cannot compute here" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"hidden_size": "x"}, "config.json cannot be used"),
+        ("config.json", {"num_attention_heads": 0}, "config.json cannot be used"),
+        ("config.json", {"hidden_size": 64}, "of shape [384, 64], the weights have [384, 32]"),
+        ("config.json", "{}", "config.json cannot be used"),
+        ("config.json", '{"model_type": "llama"}', "the weights have"),
+        ("generation_config.json", "{", "generation_config.json cannot be read"),
+        ("generation_config.json", "[]", "holds list, expected an object"),
+        ("generation_config.json", {"eos_token_id": "x"}, 'eos_token_id is "x", expected ids from 0 to 383'),
+        ("generation_config.json", {"eos_token_id": [2, 999]}, "eos_token_id is [2, 999], expected ids"),
+    ],
+)
+def test_a_model_folder_with_a_broken_file(
+    world: World, tmp_path: Path, file: str, change: str | dict[str, Any], message: str, refuse: Refuse
+) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(world.student, folder)
+    path = folder / file
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+
+    assert message in refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"student.path={folder}")
+
+
+@pytest.mark.parametrize("num_bytes", [-1, 100, 0])
+def test_weights_that_were_cut_off(world: World, tmp_path: Path, num_bytes: int, refuse: Refuse) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(world.student, folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+    text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"student.path={folder}")
+    assert "model.safetensors" in text
+    assert "was cut off" in text
+
+
+def test_a_missing_part_of_the_weights(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(world.student, folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.safetensors"}}')
+
+    text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"student.path={folder}")
+    assert "lacks part-2.safetensors" in text
+
+
+@pytest.mark.parametrize("code", ["def score(:\n", "1 / 0\n", "raise SystemExit(0)\n"])
+def test_a_scorer_that_cannot_be_imported(
+    world: World, tmp_path: Path, code: str, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_scorer.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", "evaluation.scorer=broken_scorer:score")
+    assert "evaluation.scorer='broken_scorer:score' cannot be loaded" in text
+
+
+def test_a_folder_that_another_process_uses(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
+    out.mkdir()
+    (out / "ledger.lock").write_text("4711\n")
+    with (out / "ledger.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "is in use by process 4711" in refuse(recipe, "--check", "--out", str(out))
+        assert "is in use by process 4711" in refuse(recipe, "--check", "--resume", "--out", str(out))
+
+    assert main([str(recipe), "--check", "--out", str(out)]) == 0
+    with (out / "ledger.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_teacher_that_is_not_there(world: World, tmp_path: Path, refuse: Refuse) -> None:
@@ -150,7 +365,9 @@ def test_a_folder_with_another_run_and_a_resume_that_changes_the_run(
     run(recipe, "--out", out, "--set", "steps=1", "--json")
 
     assert "holds a run already" in refuse(recipe, "--out", out)
-    assert "was started with seed=7" in refuse(recipe, "--out", out, "--resume", "--set", "seed=8")
+    for check in ((), ("--check",)):
+        assert "was started with seed=7" in refuse(recipe, "--out", out, "--resume", "--set", "seed=8", *check)
+    assert "goes on after step 1" in run(recipe, "--out", out, "--resume", "--check").stdout
 
 
 def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
@@ -163,7 +380,8 @@ def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
 
     for step in (2, 4):
         _flip_a_bit(out / "checkpoints" / f"step_{step:06d}" / "student" / "model.safetensors")
-    assert "checkpoint" in refuse(recipe, "--out", str(out), "--resume")
+    for check in ((), ("--check",)):
+        assert "none of the 2 checkpoints" in refuse(recipe, "--out", str(out), "--resume", *check)
 
 
 def _flip_a_bit(path: Path) -> None:
