@@ -36,7 +36,6 @@ __all__ = [
     "CheckpointState",
     "CheckpointStore",
     "check_disk",
-    "estimate_bytes",
     "package_versions",
     "verify",
 ]
@@ -271,11 +270,6 @@ def verify(path: Path) -> Checkpoint:
     if match and int(match[1]) != state.step:
         raise CheckpointError(f"{path}: holds step {state.step}; was the folder renamed?")
     return Checkpoint(path=path, step=state.step, state=state, num_bytes=sum(entry.size for entry in manifest.files))
-
-
-def estimate_bytes(num_parameters: int, *, bytes_per_weight: int = 4, bytes_per_optimizer_state: int = 8) -> int:
-    """Size of one checkpoint: the weights once, and two fp32 AdamW moments per weight unless said otherwise."""
-    return num_parameters * (bytes_per_weight + bytes_per_optimizer_state)
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -112,11 +112,6 @@ class PromptSet:
         return sum(end > start for start, end in zip(starts, self._reference_ends, strict=False))
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(end - start for start, end in zip([0, *self._ends[:-1]], self._ends, strict=False))
-
-    @property
     def digest(self) -> str:
         """Hex digest over index, prompt ids and reference ids of every row.
 
@@ -224,14 +219,11 @@ class PromptSource:
         samples_per_prompt: int = 1,
         shuffle: bool = True,
         reference_share: float = 0.0,
-        purpose: str = "sample",
     ) -> None:
-        """``purpose`` names the family of random streams: held-out rows do not share theirs with the training rows."""
         self.prompts = prompts
         self.order = PromptOrder(prompts.indices, samples_per_prompt=samples_per_prompt, seed=seed, shuffle=shuffle)
         self._seed = seed
         self._reference_share = reference_share
-        self._purpose = purpose
 
     def make_prompt(self, ticket: int) -> Prompt:
         """The occurrence of ``ticket``; equal tickets give equal prompts, in this process and in a resumed one."""
@@ -247,7 +239,7 @@ class PromptSource:
             sample_index=sample_index,
             token_ids=row.token_ids,
             reference_ids=row.reference_ids if takes_reference else None,
-            stream_key=stream_key(self._purpose, *identity),
+            stream_key=stream_key("sample", *identity),
         )
 
 

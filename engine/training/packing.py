@@ -16,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -170,12 +169,6 @@ def pad(sequences: Sequence[Tokens], *, pad_id: int = 0) -> PaddedBatch:
         mask=mask,
         index=tuple(np.arange(row * longest, row * longest + len(array)) for row, array in enumerate(arrays)),
     )
-
-
-def num_packed_tokens(sequences: Sequence[Tokens]) -> int:
-    """Nodes of the trie of these sequences: what ``pack(sequences).num_tokens`` would be."""
-    keys = sorted(map(_key, sequences))
-    return sum(map(len, keys)) // _BYTES - sum(_common_prefix(a, b) for a, b in pairwise(keys))
 
 
 def split_by_budget(sequences: Sequence[Tokens], budget: int) -> list[list[int]]:

@@ -26,7 +26,6 @@ from engine.checkpoint import (
     CheckpointState,
     CheckpointStore,
     check_disk,
-    estimate_bytes,
     package_versions,
     verify,
 )
@@ -319,8 +318,6 @@ def test_the_disk_is_checked_before_the_run(tmp_path: Path) -> None:
     assert names(tmp_path / "new") == []
     with pytest.raises(RunDirError, match=r"MiB free, the run needs 1,073,741,828\.0 MiB"):
         check_disk(tmp_path, 1 << 50)
-    assert estimate_bytes(1000) == 12_000
-    assert estimate_bytes(1000, bytes_per_weight=2) == 10_000
 
 
 def test_a_store_keeps_at_least_one(tmp_path: Path) -> None:

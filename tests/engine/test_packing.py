@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from engine.training.packing import (
     PackedBatch,
     PrefixCounter,
-    num_packed_tokens,
     pack,
     packing_obstacle,
     pad,
@@ -52,7 +51,7 @@ def test_every_sequence_is_recovered_through_its_index(given_sequences: list[lis
 def test_each_different_prefix_is_computed_once(given_sequences: list[list[int]]) -> None:
     prefixes = {tuple(s[: n + 1]) for s in given_sequences for n in range(len(s))}
 
-    assert pack(given_sequences).num_tokens == num_packed_tokens(given_sequences) == len(prefixes)
+    assert pack(given_sequences).num_tokens == len(prefixes)
 
 
 @given(sequences)
@@ -85,7 +84,7 @@ def test_a_counter_counts_what_a_trie_would_hold(given_sequences: list[list[int]
     for n, sequence in enumerate(given_sequences):
         before = counter.num_tokens
         assert counter.cost_of(sequence) == counter.add(sequence) == counter.num_tokens - before
-        assert counter.num_tokens == num_packed_tokens(given_sequences[: n + 1])
+        assert counter.num_tokens == pack(given_sequences[: n + 1]).num_tokens
 
 
 @given(sequences)
@@ -104,9 +103,9 @@ def test_groups_keep_the_order_and_the_budget(given_sequences: list[list[int]], 
 
     assert [i for group in groups for i in group] == list(range(len(given_sequences)))
     for group, following in zip(groups, [*groups[1:], []], strict=True):
-        assert num_packed_tokens([given_sequences[i] for i in group]) <= budget
+        assert pack([given_sequences[i] for i in group]).num_tokens <= budget
         if following:  # the next one would not have fitted
-            assert num_packed_tokens([given_sequences[i] for i in [*group, following[0]]]) > budget
+            assert pack([given_sequences[i] for i in [*group, following[0]]]).num_tokens > budget
 
 
 @given(st.lists(st.integers(1, 8), max_size=12), st.integers(8, 30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -13,13 +13,23 @@ from structlog.testing import capture_logs
 
 from engine.actor import Actor, ActorState, RestartPolicy
 from engine.errors import ActorFailed, GeneratorDied, ModelError
-from engine.messages import Control, Drain, Save, UseWeights
+from engine.messages import Control, Drain, Message
 from engine.supervisor import Supervisor
 from tests.support.clock import ManualClock, Settle
 
 POLICY = RestartPolicy(max_restarts=2, window_s=100.0, backoff_s=1.0, max_backoff_s=30.0)
 
 Journal = list[str]
+
+
+class Note(Message, frozen=True, kw_only=True):
+    """A message that asks for nothing: how messages travel does not depend on what they say."""
+
+    number: int
+
+
+def note(number: int) -> Control:
+    return cast(Control, Note(number=number))
 
 
 class Scripted(Actor):
@@ -278,7 +288,7 @@ async def test_control_messages_arrive_at_once_in_order_and_one_at_a_time(clock:
     stage = Stage(clock, None)
     await stage.supervisor.start_all()
     await settle()
-    messages: list[Control] = [UseWeights(version=1), Save(reason="asked"), UseWeights(version=2)]
+    messages: list[Control] = [note(1), note(0), note(2)]
     for message in messages:
         stage.supervisor.tell(message, to=["b"])
     await settle()
@@ -286,17 +296,17 @@ async def test_control_messages_arrive_at_once_in_order_and_one_at_a_time(clock:
     assert stage.b.heard == messages
     assert stage.a.heard == []
     with pytest.raises(KeyError):
-        stage.supervisor.tell(Save(reason="asked"), to=["nobody"])
+        stage.supervisor.tell(note(0), to=["nobody"])
     await stage.supervisor.stop()
 
 
 async def test_messages_told_before_an_actor_runs_wait_for_it(clock: ManualClock, settle: Settle) -> None:
     stage = Stage(clock, None)
-    stage.supervisor.tell(UseWeights(version=1))
+    stage.supervisor.tell(note(1))
     await stage.supervisor.start_all()
     await settle()
 
-    assert stage.a.heard == [UseWeights(version=1)]
+    assert stage.a.heard == [note(1)]
     await stage.supervisor.stop()
 
 
@@ -305,7 +315,7 @@ async def test_an_error_in_a_control_message_is_a_failure_of_the_actor(clock: Ma
     await stage.supervisor.start_all()
     await settle()
     stage.b.on_control = raiser(ValueError("no such shape"))
-    stage.supervisor.tell(UseWeights(version=1), to=["b"])
+    stage.supervisor.tell(note(1), to=["b"])
     await clock.advance(1)
 
     assert stage.supervisor.states()[1].restarts == 1
@@ -362,11 +372,11 @@ async def test_nothing_is_told_to_an_actor_that_has_ended(clock: ManualClock, se
     await settle()
     stage.a.end()
     await settle()
-    stage.supervisor.tell(Save(reason="asked"))
+    stage.supervisor.tell(note(0))
     await settle()
 
     assert stage.a.heard == []
-    assert stage.b.heard == [Save(reason="asked")]
+    assert stage.b.heard == [note(0)]
     await stage.supervisor.stop()
 
 
@@ -500,7 +510,7 @@ async def test_any_history_ends_with_one_stop_for_each_start_and_no_task(clock: 
             case "end" if actor._ending is not None and not actor._ending.done():
                 actor.end()
             case "tell":
-                stage.supervisor.tell(UseWeights(version=1))
+                stage.supervisor.tell(note(1))
             case "advance":
                 await clock.advance(dice.choice([0.5, 1, 5]))
             case "turn":

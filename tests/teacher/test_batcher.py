@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelError, TeacherOverloaded, TeacherRefused, TeacherUnavailable
-from engine.training.packing import num_packed_tokens
+from engine.training.packing import pack
 from teacher.batcher import Batcher, next_batch
 from teacher.protocol import ScoreRequest, Scores, TeacherInfo, score_request
 from tests.support.clock import ManualClock, Settle
@@ -152,7 +152,7 @@ def test_a_batch_keeps_the_budget_and_begins_with_the_oldest(waiting: list[Score
     if len(chosen) > 1:
         assert not any(waiting[i].alone for i in chosen)
         sequences = [np.concatenate((waiting[i].prompt_ids, waiting[i].response_ids[:-1])) for i in chosen]
-        assert num_packed_tokens(sequences) <= max_tokens
+        assert pack(sequences).num_tokens <= max_tokens
 
 
 @given(st.lists(requests, max_size=12), st.integers(1, 20))
