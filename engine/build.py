@@ -171,7 +171,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
 
 
 def build(graph: Graph, parts: Parts) -> Built:
-    """Make the channels and the actors of ``graph``. The ledger is closed when that fails.
+    """Make the channels and the actors of ``graph``.
 
     Raises:
         RecipeError: a maker of the user's own raised, or made something else than an actor.
@@ -188,22 +188,18 @@ def build(graph: Graph, parts: Parts) -> Built:
         for channel in graph.channels
     }
     nothing: tuple[Sender[Any], Receiver[Any]] = open_channel("nothing", max_items=1)
-    try:
-        actors = tuple(
-            _make_actor(
-                spec,
-                Ports(
-                    name=spec.name,
-                    input=ends.get(spec.consumes, nothing)[1],
-                    output=ends.get(spec.produces, nothing)[0],
-                    parts=parts,
-                ),
-            )
-            for spec in graph.start_order()
+    actors = tuple(
+        _make_actor(
+            spec,
+            Ports(
+                name=spec.name,
+                input=ends.get(spec.consumes, nothing)[1],
+                output=ends.get(spec.produces, nothing)[0],
+                parts=parts,
+            ),
         )
-    except BaseException:
-        parts.ledger.close()
-        raise
+        for spec in graph.start_order()
+    )
     return Built(
         actors=actors,
         restarts={spec.name: spec.restart for spec in graph.actors},

@@ -214,7 +214,7 @@ def test_models_of_one_tokenizer_and_different_padding(
 def test_replicas_that_are_different_teachers(
     world: World, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = {"http://a:1": "large", "http://b:1": "small"}
+    weights = {"http://a:1": "aaaa", "http://b:1": "bbbb"}
 
     class Replica:
         def __init__(self, url: str, **_: object) -> None:
@@ -222,10 +222,11 @@ def test_replicas_that_are_different_teachers(
 
         async def info(self) -> TeacherInfo:
             return TeacherInfo(
-                model=models[self.url],
+                model="teacher",
                 vocab_size=384,
                 tokenizer_size=384,
                 tokenizer_fingerprint=fingerprint(load_tokenizer(str(world.teacher))),
+                weights_fingerprint=weights[self.url],
                 max_length=512,
                 max_top_k=384,
                 protocol=PROTOCOL,
@@ -235,9 +236,9 @@ def test_replicas_that_are_different_teachers(
             pass
 
     monkeypatch.setattr("teacher.client.TeacherClient", Replica)
-    recipe = world.recipe(tmp_path / "r.py", urls=tuple(models))
+    recipe = world.recipe(tmp_path / "r.py", urls=tuple(weights))
 
-    assert "http://a:1 and http://b:1 are not the same: model is 'small'" in refuse(recipe, "--check")
+    assert "http://a:1 and http://b:1 are not the same: weights_fingerprint is 'bbbb'" in refuse(recipe, "--check")
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a:99999", "http://a:b", "a:80", "http://"])
