@@ -80,6 +80,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.supervisor",
     ),
     (
+        "engine.command",
         "engine.report",
         "engine.run",
         "engine.trace",
