@@ -76,13 +76,19 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
 
 async def _run_node(parts: Parts, graph: Graph, tracing: Tracing) -> Outcome:
     run_dir, metrics = parts.run_dir, NodeMetrics()
+    try:
+        # First: an actor of the user's that cannot be made must not leave a run behind.
+        built = build(graph, parts)
+    except UserError:
+        await parts.teacher.close()
+        raise
     run_dir.keep_recipe(parts.recipe)
     tracing.open(run_dir.path, run=parts.recipe.name, node="0")
     tracing.subscribe("metrics", metrics.apply)
     tracing.subscribe("metrics.jsonl", StepLog(run_dir.metrics).apply)
     if parts.schedule.version:
         log.info("run.resumed", step=parts.schedule.version)
-    return await Node(parts, build(graph, parts), metrics=metrics, on_start=tracing.adopt_libraries).run()
+    return await Node(parts, built, metrics=metrics, on_start=tracing.adopt_libraries).run()
 
 
 def _is_live(options: argparse.Namespace) -> bool:
