@@ -28,7 +28,7 @@ from engine.recipe import (
 def recipe() -> Recipe:
     return Recipe(
         name="smollm2",
-        steps=50,
+        steps=40,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
