@@ -351,6 +351,7 @@ class FlowMachine(RuleBasedStateMachine):
         if not hasattr(self, "flow"):
             return
         for _ in range(10_000):
+            self.flow.weights_live(self.flow.version)  # what is on its way arrives
             while self.flow.num_admissible():
                 self.flow.admit(self.next_ticket)
                 self.waiting.add(self.next_ticket)
@@ -371,7 +372,6 @@ class FlowMachine(RuleBasedStateMachine):
             if isinstance(instruction, Stop):
                 break
             self.obey(instruction)
-            self.flow.weights_live(self.flow.version)
         else:
             raise AssertionError("the run does not end")
         assert len(set(self.trained)) == len(self.trained), "a rollout was trained twice"
