@@ -58,11 +58,6 @@ class Schedule:
         """The version every generator holds."""
         return self._flow.live
 
-    @property
-    def is_finished(self) -> bool:
-        """Nothing will be trained any more: what is still in flight is left for a resumed run, or nothing is."""
-        return self._finished
-
     def snapshot(self) -> FlowSnapshot:
         return self._flow.snapshot()
 

@@ -70,7 +70,7 @@ async def test_a_whole_run_is_trained_once_and_then_everybody_is_told(ledger: Le
 
     assert await schedule.next_instruction() == Stop()
     assert await late is None
-    assert schedule.is_finished
+    await schedule.wait_finished()
     assert ledger.counts()["trained"] == 4
     assert ledger.verify(2, 2) == []
 
