@@ -28,7 +28,7 @@ from engine.recipe import (
 def recipe() -> Recipe:
     return Recipe(
         name="smollm2",
-        steps=40,
+        steps=48,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
@@ -53,5 +53,5 @@ def recipe() -> Recipe:
             top_k=4096,
         ),
         # One holds the student and two optimizer moments: 1.4 GB.
-        checkpoint=CheckpointConfig(every_steps=15, keep=1),
+        checkpoint=CheckpointConfig(every_steps=24, keep=1),
     )
