@@ -19,7 +19,7 @@ from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.teacher_proxy import TeacherProxy
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
-from engine.check import Inputs, load_scorer, sampling_params
+from engine.check import Inputs, ledger_identity, load_scorer, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
 from engine.errors import RecipeError, UserError
@@ -125,11 +125,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         run_dir.ledger,
         run_name=recipe.name,
         seed=recipe.seed,
-        identity={
-            "prompts": inputs.prompts.digest,
-            "samples_per_prompt": str(recipe.samples_per_prompt),
-            "rollouts_per_step": str(recipe.rollouts_per_step),
-        },
+        identity=ledger_identity(recipe, inputs.prompts),
     )
     try:
         store = CheckpointStore(run_dir.checkpoints, keep=recipe.checkpoint.keep)

@@ -25,6 +25,7 @@ from engine.errors import (
     TeacherUnavailable,
     UserError,
 )
+from engine.ledger import Ledger
 from engine.model_folder import look_at_model, stop_ids, vocab_size
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
 from engine.recipe import EvalConfig, HttpTeacher, LocalTeacher, Recipe
@@ -112,12 +113,21 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
     if out is not None:
         attempt("folder", lambda: _folder(out, resume=resume))
         if resume and RunDir(out).recipe.exists():
-            attempt("resume", lambda: _earlier_run(recipe, out))
+            attempt("resume", lambda: _earlier_run(recipe, prompts, out))
     whole = all(finding.ok for finding in findings) and student is not None and prompts is not None
     return Checked(
         findings=tuple(findings),
         inputs=Inputs(student=student, prompts=prompts, held_out=held_out) if whole and student and prompts else None,
     )
+
+
+def ledger_identity(recipe: Recipe, prompts: PromptSet) -> dict[str, str]:
+    """What turns a ticket into a prompt occurrence: it must not change between a run's start and its resumption."""
+    return {
+        "prompts": prompts.digest,
+        "samples_per_prompt": str(recipe.samples_per_prompt),
+        "rollouts_per_step": str(recipe.rollouts_per_step),
+    }
 
 
 def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
@@ -378,8 +388,12 @@ def _not_in_use(out: Path) -> None:
         os.close(lock)
 
 
-def _earlier_run(recipe: Recipe, out: Path) -> tuple[str, None]:
+def _earlier_run(recipe: Recipe, prompts: PromptSet | None, out: Path) -> tuple[str, None]:
     run = RunDir.resume(out, recipe)
+    if prompts is not None and run.ledger.exists():
+        Ledger.open(
+            run.ledger, run_name=recipe.name, seed=recipe.seed, identity=ledger_identity(recipe, prompts)
+        ).close()
     checkpoint = CheckpointStore(run.checkpoints, keep=recipe.checkpoint.keep).latest()
     if checkpoint is None:
         return f"{out} has no checkpoint yet: the run begins anew", None

@@ -24,6 +24,10 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""auto: bfloat16 where the device multiplies it in hardware (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), float32
+elsewhere."""
+Autocast = Literal["auto", "gpu", "off"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,7 +92,7 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     num_slots: Positive = 16
     """Sequences decoded side by side."""
     device: str = "cpu"
-    dtype: Dtype = "float32"
+    dtype: ComputeDtype = "float32"
     num_threads: Positive = 1
     """CPU threads of the decode loop."""
 
@@ -122,7 +126,7 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
     model: str
     top_k: Positive = 64
     device: str = "cpu"
-    dtype: Dtype = "float32"
+    dtype: ComputeDtype = "float32"
     max_batch_tokens: Positive = 2048
     num_threads: Positive = 1
     trust_remote_code: bool = False
@@ -151,8 +155,9 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     packing: Literal["packed", "padded"] = "packed"
     """"packed": one row, common prefixes computed once, tree attention mask (needs eager or sdpa attention);
     "padded": rows sorted by length (any model)."""
-    autocast: bool = True
-    """bf16 matrix products where the device has them; no effect on CPU."""
+    autocast: Autocast = "gpu"
+    """bf16 matrix products in training passes, with float32 weights, gradients and sums: "gpu" on GPUs that have them
+    in hardware, "auto" on such CPUs too. Held-out measurements are made without."""
     gradient_checkpointing: bool = False
     block_rows: Positive = 256
     """Full-vocabulary rows held at a time by the loss."""

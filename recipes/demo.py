@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, for_run = parser.parse_known_args(argv)
     port: int = arguments.port
     teacher = TeacherProcess(
-        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port)],
+        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port), "--dtype", "auto"],
         port=port,
         log=TEACHER_LOG,
     )

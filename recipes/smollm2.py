@@ -36,9 +36,11 @@ def recipe() -> Recipe:
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
         max_staleness=2,
         rollouts_per_step=8,
-        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16),
+        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, dtype="auto"),
         # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
-        learner=LearnerConfig(lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024),
+        learner=LearnerConfig(
+            lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024, autocast="auto"
+        ),
         # A new version comes every few seconds and an answer is 48 tokens: computing its keys and values again at each
         # switch would cost more than it brings.
         weights=WeightsConfig(kv_cache="keep"),

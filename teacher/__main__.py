@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 import structlog
 import uvloop
 
 from engine.errors import UserError
+from engine.recipe import ComputeDtype
 from teacher.batcher import Batcher
 from teacher.protocol import ScoreRequest, Scores, TeacherInfo
 from teacher.server import TeacherServer, check_exposure
@@ -228,7 +229,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-file", metavar="FILE", help="file whose first line is the bearer token that requests must carry")
     add("--allow-anyone", action="store_true", help="listen on an address other machines can reach without a token")
     add("--device", default="cpu", help="where torch computes, for example cuda:0")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    add(
+        "--dtype",
+        default="float32",
+        choices=get_args(ComputeDtype),
+        help="of the weights; auto: bfloat16 where the device multiplies it in hardware",
+    )
     add("--num-threads", type=_positive, metavar="N", help="CPU threads of the model; not set: torch's choice")
     add("--max-batch-tokens", type=_positive, default=2048, metavar="N", help="token positions of one forward pass")
     add("--block-rows", type=_positive, default=128, metavar="N", help="full-vocabulary rows held at a time")

@@ -23,13 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
+from engine.precision import compute_dtype
+from engine.recipe import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
 from teacher.fingerprint import fingerprint, weights_fingerprint
 from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
 
 Layout = Literal["packed", "padded", "single"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # How far the logits of a layout may lie from those of plain forward passes, as a share of their standard deviation.
 # A wrong mask or a forgotten scale is off by more than a tenth; summing in another order by 1e-6 and, in half
 # precision, by a few hundredths.
@@ -68,7 +69,7 @@ class TorchBackend:
         *,
         model: str,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: ComputeDtype = "float32",
         num_threads: int | None = None,
         block_rows: int = 128,
         max_top_k: int | None = None,
@@ -78,7 +79,7 @@ class TorchBackend:
     ) -> None:
         self._folder = Path(model)
         self._device_name = device
-        self._dtype = _DTYPES[dtype]
+        self._dtype_name: ComputeDtype = dtype
         self._num_threads = num_threads
         self._block_rows = block_rows
         self._max_top_k = max_top_k
@@ -87,6 +88,7 @@ class TorchBackend:
         self._trust_remote_code = trust_remote_code
         self._forward_passes = self._computed_tokens = self._head_rows = self._peak_block_rows = 0
         self._device: torch.device
+        self._dtype: torch.dtype
         self._model: PreTrainedModel
         self._head: Head
         self._info: TeacherInfo
@@ -119,6 +121,7 @@ class TorchBackend:
             self._device = torch.device(self._device_name)
         except RuntimeError as error:
             raise ModelError(f"device {self._device_name!r} is none that torch knows: {_one_line(error)}") from None
+        self._dtype = compute_dtype(self._dtype_name, self._device)
         config, tokenizer = self._read_config()
         vocab = tokenizer.get_vocab()
         self._model = self._read_model(config)

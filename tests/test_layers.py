@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "engine.checkpoint",
         "engine.generation.*",
+        "engine.precision",
         "engine.prompt_files",
         "engine.prompts",
         "engine.training.*",
@@ -107,6 +108,7 @@ OPEN_TO_TEACHER = frozenset(
         "engine.clock",
         "engine.errors",
         "engine.metrics",
+        "engine.precision",
         "engine.recipe",
         "engine.tracing",
         "engine.training.packing",

@@ -27,10 +27,11 @@ from engine.generation.decode_thread import (
     Withdraw,
 )
 from engine.generation.decoder import Decoder
-from engine.generation.model import DTYPES, load_decodable
+from engine.generation.model import load_decodable
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.generation.sampling import check_params
 from engine.generation.staging import Staged
+from engine.precision import compute_dtype
 from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
 
 
@@ -299,7 +300,8 @@ class HFGenerator:
 
     def _load(self) -> Loaded:
         config = self._config
-        ready = load_decodable(self._student, dtype=DTYPES[config.dtype], device=torch.device(config.device))
+        device = torch.device(config.device)
+        ready = load_decodable(self._student, dtype=compute_dtype(config.dtype, device), device=device)
         decoder = Decoder(ready.model, num_slots=config.num_slots, version=self._first_version)
         return Loaded(decoder, ready.staging, ready.vocab_size, ready.max_positions)
 

@@ -6,7 +6,6 @@ as it is told: that is tried out on the loaded model, not looked up in a list, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,7 @@ from engine.generation.attention import plain_mask, use_slot_attention
 from engine.generation.kv_cache import SlotCache
 from engine.generation.packed import pack_linears, unpack_linears
 from engine.generation.staging import StagingArea, tensor_groups
-from engine.recipe import Dtype, StudentConfig
-
-DTYPES: Mapping[Dtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from engine.recipe import StudentConfig
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Share of the largest logit: what rounding can do, and far less than a wrong mask or position does."""

@@ -197,7 +197,7 @@ class HFTrainer:
         workspace = None
         if student.head is not None and student.device.type == "cpu":
             weight = student.head.weight
-            workspace = torch.empty(self._config.block_rows, weight.shape[0], dtype=weight.dtype)
+            workspace = torch.empty(self._config.block_rows, weight.shape[0], dtype=student.training_dtype)
         self._state = _Loaded(
             student=student,
             optimizer=StepOptimizer(named, self._config),

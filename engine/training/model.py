@@ -5,7 +5,6 @@ Knows nothing of losses and optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.errors import ModelError
-from engine.recipe import Dtype, LearnerConfig, StudentConfig
+from engine.precision import DTYPES, is_autocast
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.batch import Layout, ModelInputs, lay_out, upload
 from engine.training.embedding import RowGradEmbedding
 from engine.training.packing import packing_obstacle, rope_obstacle
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.transport.handoff import Uploader
-
-DTYPES: Mapping[Dtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class Student:
@@ -33,20 +27,19 @@ class Student:
 
     The model stays in evaluation mode: the policy that is trained is the one that samples, and dropout would make a
     step depend on how it is cut into micro-batches.
+
+    Args:
+        autocast: passes with gradients make their matrix products in bfloat16; passes without stay exact.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout, autocast: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout, autocast: bool = False) -> None:
         self.model = model
         self.layout: Layout = layout
         self.head = _linear_head(model)
         """The output layer, when logits are just this linear layer of the last hidden state; else None."""
-        self.is_autocast = autocast and model.device.type == "cuda"
+        self.training_dtype = torch.bfloat16 if autocast else model.dtype
+        """Of the matrix products, and of ``hidden``, where gradients are recorded."""
         self._additive_mask = model.config._attn_implementation not in ("sdpa", TREE_ATTENTION)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether hidden states carry float32's digits."""
-        return self.model.dtype == torch.float32 and not self.is_autocast
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +48,7 @@ class Student:
     def hidden(self, inputs: ModelInputs) -> Tensor:
         """[rows · L, D]: the last hidden states."""
         hidden: Tensor = self._run(_trunk(self.model), inputs).last_hidden_state
-        return hidden.flatten(0, 1)
+        return hidden.flatten(0, 1).to(self._dtype)
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         """[rows · L, V]: the model's own logits, for heads that are more than a linear layer."""
@@ -64,7 +57,7 @@ class Student:
 
     def _run(self, module: Any, inputs: ModelInputs) -> Any:
         options: dict[str, Any] = {} if inputs.tree is None else {"tree": inputs.tree}
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.is_autocast):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype != self.model.dtype):
             return module(
                 input_ids=inputs.token_ids,
                 position_ids=inputs.position_ids,
@@ -77,8 +70,12 @@ class Student:
         mask = inputs.mask
         if mask is None or mask.dim() == 2 or not self._additive_mask:
             return mask
-        dtype = torch.bfloat16 if self.is_autocast else self.model.dtype
+        dtype = self._dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.training_dtype if torch.is_grad_enabled() else self.model.dtype
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path) -> Student:
@@ -89,12 +86,13 @@ def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path)
             laid out as ``learner.packing`` says.
     """
     model = _read(student, config, folder)
+    autocast = is_autocast(config.autocast, model.device)
     _silence_dropout(model, checkpointing=config.gradient_checkpointing)
     if config.packing == "packed":
-        result = _packed(model, config, where=f"student {str(folder)!r}")
+        result = _packed(model, config, autocast=autocast, where=f"student {str(folder)!r}")
     else:
         is_alone = rope_obstacle(model.config.get_text_config()) is not None
-        result = Student(model, layout="single" if is_alone else "padded", autocast=config.autocast)
+        result = Student(model, layout="single" if is_alone else "padded", autocast=autocast)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = torch.zeros_like(parameter)
@@ -104,18 +102,18 @@ def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path)
     return result
 
 
-def _packed(model: PreTrainedModel, config: LearnerConfig, *, where: str) -> Student:
+def _packed(model: PreTrainedModel, config: LearnerConfig, *, autocast: bool, where: str) -> Student:
     """The fastest packed layout in which the model computes what it computes for single sequences."""
     obstacle = packing_obstacle(model.config.get_text_config(), longest=config.micro_batch_tokens)
     attention = model.config._attn_implementation
     if obstacle is None and attention == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation(TREE_ATTENTION)
-        by_branch = Student(model, layout="tree", autocast=config.autocast)
+        by_branch = Student(model, layout="tree", autocast=autocast)
         if model.config._attn_implementation == TREE_ATTENTION and _packs_rightly(by_branch):
             return by_branch
         model.set_attn_implementation(attention)
     if obstacle is None:
-        by_mask = Student(model, layout="packed", autocast=config.autocast)
+        by_mask = Student(model, layout="packed", autocast=autocast)
         if _packs_rightly(by_mask):
             return by_mask
         obstacle = "its hidden states for packed sequences differ from those for separate ones"
@@ -129,7 +127,7 @@ def _packs_rightly(student: Student) -> bool:
     num_ids = student.model.config.get_text_config().vocab_size
     # Two that share a prefix, and a shorter one that shares nothing.
     sequences = [[token_id % num_ids for token_id in ids] for ids in ((1, 2, 3, 4, 5), (1, 2, 6, 7), (8, 9, 10))]
-    plain = Student(student.model, layout="single", autocast=student.is_autocast)
+    plain = Student(student.model, layout="single")
     batch = lay_out(sequences, student.layout)
     try:
         packed = student.hidden(upload(batch, layout=student.layout, uploader=uploader)[0])
@@ -140,7 +138,7 @@ def _packs_rightly(student: Student) -> bool:
         expected = plain.hidden(upload(alone, layout="single", uploader=uploader)[0]).float()
         found = packed[torch.from_numpy(index).to(student.device)].float()
         # A wrong mask is off by a tenth of the spread and more; rounding by 1e-6, in half precision 1e-2.
-        tolerance = (1e-3 if student.is_exact else 0.05) * float(expected.std())
+        tolerance = (1e-3 if student.model.dtype == torch.float32 else 0.05) * float(expected.std())
         if not float((found - expected).abs().max()) <= tolerance:
             return False
     return True

@@ -371,6 +371,18 @@ def test_a_folder_with_another_run_and_a_resume_that_changes_the_run(
     assert "goes on after step 1" in run(recipe, "--out", out, "--resume", "--check").stdout
 
 
+def test_a_resume_with_other_prompts(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    shutil.copy(world.prompts, prompts)
+    recipe, out = world.recipe(tmp_path / "r.py"), str(tmp_path / "o")
+    arguments = ("--out", out, "--set", f"data.path={prompts}")
+    run(recipe, *arguments, "--set", "steps=1", "--json")
+    write_jsonl(prompts, [{"prompt": f"Something else {i}."} for i in range(24)])
+
+    for check in ((), ("--check",)):
+        assert "belongs to another run: prompts is" in refuse(recipe, *arguments, "--resume", *check)
+
+
 def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
     world: World, tmp_path: Path, refuse: Refuse
 ) -> None:

@@ -120,6 +120,24 @@ async def test_what_an_earlier_process_left_comes_first(ledger: Ledger) -> None:
     assert [(await admit(schedule)).rollout_id for _ in range(4)] == [0, 1, 2, 3]
 
 
+async def test_what_a_complete_run_no_longer_needs_is_said_in_the_ledger(ledger: Ledger) -> None:
+    """A killed process admitted four; the recipe now asks for one step of two."""
+    for ticket in range(4):
+        ledger.dispatched(make_prompt(ticket))
+    again = [make_prompt(occurrence.rollout_id) for occurrence in ledger.rewind(0)]
+    schedule = make_schedule(ledger, steps=1, next_ticket=ledger.next_ticket(), again=again)
+    for _ in range(2):
+        await answer_one(schedule)
+    assert isinstance(await schedule.next_instruction(), Train)
+    assert await schedule.next_instruction() == FinishStep()
+    schedule.step_done()
+    schedule.weights_live(1)
+
+    assert await schedule.next_instruction() == Stop()
+    assert {state: number for state, number in ledger.counts().items() if number} == {"trained": 2, "failed": 2}
+    assert ledger.verify(1, 2) == []
+
+
 async def test_a_requeued_prompt_is_sampled_again_and_trained_once(ledger: Ledger) -> None:
     schedule = make_schedule(ledger, steps=1)
     lost = await admit(schedule)
