@@ -4,8 +4,9 @@ classes. Nothing here runs; ``engine.node`` starts what is made."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,7 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     return Evaluator(
-        held_out=[_held_out_row(recipe.seed, i, row, decode) for i, row in enumerate(held_out)],
+        held_out=_held_out_rows(recipe.seed, config.samples_per_prompt, held_out, decode),
         generator=parts.generator,
         teacher=parts.teacher,
         measure=measure,
@@ -397,20 +398,29 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
     )
 
 
-def _held_out_row(seed: int, i: int, row: PromptRow, decode: Callable[[Sequence[int]], str]) -> HeldOut:
-    return HeldOut(
-        prompt=Prompt(
-            rollout_id=-1 - i,
-            epoch=0,
-            prompt_index=row.prompt_index,
-            sample_index=0,
-            token_ids=row.token_ids,
-            reference_ids=row.reference_ids,
-            stream_key=stream_key("eval", seed, row.prompt_index),
-        ),
-        text=row.text,
-        reference_text=None if row.reference_ids is None else decode(row.reference_ids),
-    )
+def _held_out_rows(
+    seed: int, num_samples: int, rows: Iterable[PromptRow], decode: Callable[[Sequence[int]], str]
+) -> list[HeldOut]:
+    tickets = itertools.count(-1, -1)
+    return [
+        HeldOut(
+            samples=tuple(
+                Prompt(
+                    rollout_id=next(tickets),
+                    epoch=0,
+                    prompt_index=row.prompt_index,
+                    sample_index=i,
+                    token_ids=row.token_ids,
+                    reference_ids=row.reference_ids,
+                    stream_key=stream_key("eval", seed, row.prompt_index, i),
+                )
+                for i in range(num_samples)
+            ),
+            text=row.text,
+            reference_text=None if row.reference_ids is None else decode(row.reference_ids),
+        )
+        for row in rows
+    ]
 
 
 def _state_maker(parts: Parts) -> Callable[[int, str], CheckpointState]:

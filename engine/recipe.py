@@ -187,6 +187,8 @@ class EvalConfig(Section, frozen=True, kw_only=True):
     """0: only before the first step and after the last."""
     max_new_tokens: Positive | None = None
     """None: as the sampler."""
+    samples_per_prompt: Positive = 1
+    """Answers to each prompt that are measured: more of them, less noise."""
     top_k: Positive | None = None
     """None: as the teacher; a larger K makes the tail bucket smaller and the KL exact."""
     num_shown: NonNegative = 3

@@ -29,6 +29,8 @@ from types import FrameType
 RECIPE = "recipes/smollm2.py"
 TEACHER_MODEL = Path("models/smollm2/teacher")
 TEACHER_LOG = Path("runs/teacher.log")
+# Answers of one wave end within a few milliseconds: scored together, their common prompt is computed once.
+TEACHER_OPTIONS = ("--dtype", "auto", "--linger-ms", "50")
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 READY_WITHIN_S = 300.0
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, for_run = parser.parse_known_args(argv)
     port: int = arguments.port
     teacher = TeacherProcess(
-        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port), "--dtype", "auto"],
+        [sys.executable, "-m", "teacher", "--model", str(TEACHER_MODEL), "--port", str(port), *TEACHER_OPTIONS],
         port=port,
         log=TEACHER_LOG,
     )

@@ -28,7 +28,7 @@ from engine.recipe import (
 def recipe() -> Recipe:
     return Recipe(
         name="smollm2",
-        steps=48,
+        steps=60,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
@@ -36,7 +36,7 @@ def recipe() -> Recipe:
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
         max_staleness=2,
         rollouts_per_step=8,
-        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, dtype="auto"),
+        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=24, dtype="auto"),
         # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
         learner=LearnerConfig(
             lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024, autocast="auto"
@@ -53,7 +53,8 @@ def recipe() -> Recipe:
             ),
             # Within 2 % of the divergence over the whole vocabulary.
             top_k=4096,
+            samples_per_prompt=2,
         ),
         # One holds the student and two optimizer moments: 1.4 GB.
-        checkpoint=CheckpointConfig(every_steps=24, keep=1),
+        checkpoint=CheckpointConfig(every_steps=30, keep=1),
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,6 +26,8 @@ Measure = Callable[[Sequence[ScoredRollout[Scores]]], Awaitable[list[EvalResult]
 
 
 _RETRY_S = 1.0
+_GROUP = 8
+"""Answers that are measured together: enough for an efficient pass, few enough that teacher and learner overlap."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,14 +60,16 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """One held-out row."""
 
-    prompt: Prompt
+    samples: tuple[Prompt, ...]
+    """As often as it is answered, each with a random stream of its own; the reference belongs to the first."""
     text: str
     reference_text: str | None = None
 
 
 class Evaluator:
     """Args:
-    held_out: rows; ``rollout_id`` of their prompts must not clash with tickets of the run (use negative ones).
+    held_out: rows; ``rollout_id`` of their samples must not clash with each other or with tickets of the run: −1 and
+        down, without gaps.
     measure: scored answers → sums, computed with the learner's weights.
     decode: token ids → text.
     scorer: called as ``scorer(prompt text, answer text)`` for each of the student's answers.
@@ -98,18 +104,22 @@ class Evaluator:
         self._decode = decode
         self._scorer = scorer
         self._path = path
-        self._scored_references: list[ScoredRollout[Scores]] | None = None
+        self._scored_references: list[list[ScoredRollout[Scores]]] | None = None
 
     async def evaluate(self, version: int) -> None:
         """Measure version ``version``, which must be live and stay so until this returns; log and append the result."""
         log.info("eval.started", version=version, num_prompts=len(self._held_out))
         with span("eval.run", version=version) as facts:
-            # One wave: the shown answers share decode steps with the measured ones.
-            sampled, shown = await self._answer(version)
-            scored = await self._score([*sampled, *shown])
-            results = await self._measure(scored)
-            references = await self._references()
-            reference_results = await self._measure(references) if references else []
+            # Teacher and learner look at the references while the student still speaks.
+            measuring = asyncio.create_task(self._measure_references(), name="measure references")
+            try:
+                # One wave: the shown answers share decode steps with the measured ones.
+                sampled, shown = await self._answer(version)
+                async with aclosing(self._scored([*sampled, *shown])) as groups:
+                    results = [result async for scored in groups for result in await self._measure(scored)]
+                reference_results = await measuring
+            finally:
+                await _ended(measuring)
             evaluation = self._conclude(
                 version,
                 sampled,
@@ -135,10 +145,11 @@ class Evaluator:
         shown: what is drawn at temperature 1 tells how far the student is off, not how it speaks."""
         shown = self._held_out[: self._num_shown]
         greedy = msgspec.structs.replace(self._params, temperature=0.0, top_p=1.0, top_k=0)
-        asked = [(row.prompt, self._params) for row in self._held_out]
+        asked = [(prompt, self._params) for row in self._held_out for prompt in row.samples]
+        num_sampled = len(asked)
         asked += [
-            (msgspec.structs.replace(row.prompt, rollout_id=row.prompt.rollout_id - len(self._held_out)), greedy)
-            for row in shown
+            (msgspec.structs.replace(row.samples[0], rollout_id=-1 - num_sampled - i), greedy)
+            for i, row in enumerate(shown)
         ]
         generations = await self._generate(
             [
@@ -163,7 +174,7 @@ class Evaluator:
             )
             for (prompt, _), generation in zip(asked, generations, strict=True)
         ]
-        return rollouts[: len(self._held_out)], rollouts[len(self._held_out) :]
+        return rollouts[:num_sampled], rollouts[num_sampled:]
 
     async def _generate(self, requests: Sequence[GenerationRequest], version: int) -> list[Generation]:
         """Once more when the generator is lost on the way: its sampler starts it again or ends the run."""
@@ -178,30 +189,38 @@ class Evaluator:
                     return generations
             await self._clock.sleep(_RETRY_S)
 
-    async def _references(self) -> list[ScoredRollout[Scores]]:
+    async def _measure_references(self) -> list[EvalResult]:
         # The teacher does not change during a run: its view of its own answers is asked for once.
         if self._scored_references is None:
-            self._scored_references = await self._score(
-                [
-                    Rollout(
-                        prompt=row.prompt,
-                        response_ids=row.prompt.reference_ids,
-                        logprobs=(),
-                        sampling_logprobs=(),
-                        spans=(VersionSpan(version=0, start=0, end=len(row.prompt.reference_ids)),),
-                        finish_reason="reference",
-                    )
-                    for row in self._held_out
-                    if row.prompt.reference_ids
-                ]
-            )
-        return self._scored_references
+            async with aclosing(self._scored(self._references())) as groups:
+                self._scored_references = [scored async for scored in groups]
+        return [result for scored in self._scored_references for result in await self._measure(scored)]
 
-    async def _score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout[Scores]]:
-        questions = [
-            score_rollout(self._teacher, rollout, top_k=self._top_k, alone=self._alone) for rollout in rollouts
+    def _references(self) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt=prompt,
+                response_ids=prompt.reference_ids,
+                logprobs=(),
+                sampling_logprobs=(),
+                spans=(VersionSpan(version=0, start=0, end=len(prompt.reference_ids)),),
+                finish_reason="reference",
+            )
+            for prompt in (row.samples[0] for row in self._held_out)
+            if prompt.reference_ids
         ]
-        return list(await asyncio.gather(*questions))
+
+    async def _scored(self, rollouts: Sequence[Rollout]) -> AsyncGenerator[list[ScoredRollout[Scores]]]:
+        """In groups that do not depend on arrival: the learner looks at one while the teacher scores the next."""
+        questions = [
+            asyncio.create_task(score_rollout(self._teacher, rollout, top_k=self._top_k, alone=self._alone))
+            for rollout in rollouts
+        ]
+        try:
+            for start in range(0, len(questions), _GROUP):
+                yield list(await asyncio.gather(*questions[start : start + _GROUP]))
+        finally:
+            await _ended(*questions)
 
     def _conclude(
         self,
@@ -215,14 +234,15 @@ class Evaluator:
         num_reference_tokens = sum(result.num_tokens for result in reference_results)
         score = None
         if self._scorer is not None:
+            texts = [row.text for row in self._held_out for _ in row.samples]
             values = [
-                _number(self._scorer(row.text, self._decode(rollout.response_ids)))
-                for row, rollout in zip(self._held_out, answers, strict=True)
+                _number(self._scorer(text, self._decode(rollout.response_ids)))
+                for text, rollout in zip(texts, answers, strict=True)
             ]
             score = sum(values) / len(values)
         return Evaluation(
             version=version,
-            num_prompts=len(answers),
+            num_prompts=len(self._held_out),
             num_tokens=num_tokens,
             kl=sum(result.kl_sum for result in results) / num_tokens,
             reference_kl=_mean(sum(r.kl_sum for r in reference_results), num_reference_tokens),
@@ -238,6 +258,18 @@ class Evaluator:
             ),
             references=tuple(row.reference_text or "" for row in self._held_out[: len(shown)]),
         )
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel them, wait, and take note of what they ended with: whoever awaited one knows, or something worse has
+    happened."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
 
 
 def _number(value: object) -> float:
