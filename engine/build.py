@@ -244,6 +244,7 @@ def _schedule(recipe: Recipe, prompts: PromptSet, ledger: Ledger, checkpoint: Ch
             micro_batch_tokens=recipe.learner.micro_batch_tokens,
             micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
             version=step,
+            min_wave=recipe.sampler.min_wave,
             by_ticket=recipe.deterministic,
         ),
         ledger=ledger,

@@ -92,6 +92,8 @@ class Flow:
         micro_batch_rollouts: … or are this many …
             … or complete the step.
         version: where the run starts (a checkpoint's step).
+        min_wave: rollouts are admitted at least this many at a time, unless fewer are left or the step being built
+            would starve; at most (S + 1)·P.
         by_ticket: compose micro-batches in ticket order instead of arrival, and admit in whole waves: what happens is
         then
             a function of the rollouts alone. Needs S = 0.
@@ -121,6 +123,7 @@ class Flow:
         micro_batch_tokens: int,
         micro_batch_rollouts: int | None = None,
         version: int = 0,
+        min_wave: int = 1,
         by_ticket: bool = False,
     ) -> None:
         if rollouts_per_step < 1:
@@ -129,6 +132,10 @@ class Flow:
             raise ValueError(f"max_staleness must be >= 0 versions, got {max_staleness}")
         if by_ticket and max_staleness:
             raise ValueError(f"by_ticket needs max_staleness=0, got {max_staleness}")
+        if not 1 <= min_wave <= (max_staleness + 1) * rollouts_per_step:
+            raise ValueError(
+                f"min_wave must be in 1 … (max_staleness + 1) * rollouts_per_step, the slots there are, got {min_wave}"
+            )
         if micro_batch_tokens < 1 or (micro_batch_rollouts is not None and micro_batch_rollouts < 1):
             raise ValueError(
                 f"a micro-batch holds at least 1 token and 1 rollout, got micro_batch_tokens={micro_batch_tokens}, "
@@ -142,6 +149,7 @@ class Flow:
         self._micro_tokens = micro_batch_tokens
         self._micro_rollouts = micro_batch_rollouts or rollouts_per_step
         self._by_ticket = by_ticket
+        self._min_wave = min_wave
         self._slots = (max_staleness + 1) * rollouts_per_step
         self._version = version
         self._live = version
@@ -196,7 +204,12 @@ class Flow:
         still_needed = (self._num_steps - self._version) * self._per_step - len(self._entries)
         room = min(self._slots - self._in_use, still_needed)
         if not self._by_ticket:
-            return room
+            # What is in flight, accepted rollouts included, must be enough for a step: else it would wait for rollouts
+            # that wait for slots that only it gives back.
+            starves = len(self._entries) < self._per_step
+            if self._wave_left == 0 and (starves or room >= min(self._min_wave, still_needed)):
+                self._wave_left = room
+            return room if self._min_wave == 1 else min(room, self._wave_left)
         # A wave is admitted whole, and the next one only when the fate of every rollout before it is known: otherwise
         # the moment at which a failure is noticed would decide which replacements are sampled together.
         if self._wave_left == 0 and self._num_ready == self.num_in_flight:
@@ -209,7 +222,7 @@ class Flow:
             raise RuntimeError(f"rollout {rollout_id} was admitted without room: {self.snapshot()}")
         if rollout_id in self._entries:
             raise RuntimeError(f"rollout {rollout_id} was admitted twice")
-        if self._by_ticket:
+        if self._wave_left:
             self._wave_left -= 1
         self._entries[rollout_id] = _Entry(RolloutState.ADMITTED)
         self._num_admitted += 1

@@ -91,6 +91,9 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     """None: the end-of-sequence ids of the model's generation config."""
     num_slots: Positive = 16
     """Sequences decoded side by side."""
+    min_wave: Positive = 1
+    """Rollouts begin at least this many at a time. A decode step of 16 sequences costs little more than one of 8, but
+    what waits for company begins later: give it a version more of ``max_staleness``."""
     device: str = "cpu"
     dtype: ComputeDtype = "float32"
     num_threads: Positive = 1
@@ -246,6 +249,12 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way "
                 "while the weights change, what is sampled depends on timing; set max_staleness=0 or "
                 "deterministic=false"
+            )
+        slots = (self.max_staleness + 1) * self.rollouts_per_step
+        if self.sampler.min_wave > slots:
+            raise RecipeError(
+                f"sampler.min_wave={self.sampler.min_wave} is more than the (max_staleness + 1) * rollouts_per_step = "
+                f"{slots} rollouts that can be under way; lower it or raise one of the others"
             )
         longest = self.data.max_prompt_tokens + self.sampler.max_new_tokens
         if longest > self.learner.micro_batch_tokens:

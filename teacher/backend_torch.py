@@ -26,6 +26,7 @@ from engine.errors import ModelError, NonFiniteError
 from engine.precision import compute_dtype
 from engine.recipe import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
+from engine.transport.handoff import use_own_stream
 from teacher.fingerprint import fingerprint, weights_fingerprint
 from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
 
@@ -125,6 +126,7 @@ class TorchBackend:
         config, tokenizer = self._read_config()
         vocab = tokenizer.get_vocab()
         self._model = self._read_model(config)
+        use_own_stream(self._device)
         config = self._model.config
         max_length = self._length_limit(config)
         head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]

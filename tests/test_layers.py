@@ -112,6 +112,7 @@ OPEN_TO_TEACHER = frozenset(
         "engine.recipe",
         "engine.tracing",
         "engine.training.packing",
+        "engine.transport.handoff",
         "engine.types",
     }
 )

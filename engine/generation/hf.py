@@ -33,6 +33,7 @@ from engine.generation.sampling import check_params
 from engine.generation.staging import Staged
 from engine.precision import compute_dtype
 from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from engine.transport.handoff import use_own_stream
 
 
 class _Open(NamedTuple):
@@ -88,8 +89,7 @@ class HFGenerator:
         self._copier = ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="weights",
-            initializer=torch.set_num_threads,
-            initargs=(self._config.num_threads,),
+            initializer=self._prepare_copier,
         )
         self._thread = DecodeThread(
             load=self._load, listener=self, post=loop.call_soon_threadsafe, num_threads=self._config.num_threads
@@ -298,10 +298,16 @@ class HFGenerator:
 
     # Life.
 
+    def _prepare_copier(self) -> None:
+        torch.set_num_threads(self._config.num_threads)
+        use_own_stream(torch.device(self._config.device))
+
     def _load(self) -> Loaded:
+        """In the decode thread."""
         config = self._config
         device = torch.device(config.device)
         ready = load_decodable(self._student, dtype=compute_dtype(config.dtype, device), device=device)
+        use_own_stream(device)
         decoder = Decoder(ready.model, num_slots=config.num_slots, version=self._first_version)
         return Loaded(decoder, ready.staging, ready.vocab_size, ready.max_positions)
 

@@ -29,7 +29,7 @@ from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
-from engine.transport.handoff import Ticket, Uploader, consume, record
+from engine.transport.handoff import Ticket, Uploader, consume, record, use_own_stream
 from engine.transport.manifest import digest_of
 from engine.types import ScoredRollout, StepReport
 from ops import (
@@ -193,6 +193,7 @@ class HFTrainer:
     def _start_from(self, folder: Path) -> None:
         torch.set_num_threads(self._config.num_threads)
         student = load_student(self._student_config, self._config, folder=folder)
+        use_own_stream(student.device)
         named = [(name, parameter) for name, parameter in student.model.named_parameters()]
         workspace = None
         if student.head is not None and student.device.type == "cpu":

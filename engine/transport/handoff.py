@@ -43,6 +43,18 @@ class Ticket:
     """Reached when the tensors are written; None on CPU, where they are."""
 
 
+def use_own_stream(device: torch.device) -> None:
+    """From here on the calling thread launches its work on ``device`` on a stream of its own, beside the others'.
+
+    Without it all threads share one stream, and the device does their work in turns. What the thread has launched so
+    far comes before. On CPU nothing changes.
+    """
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)
+
+
 def record(device: torch.device, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event | None:
     """The moment at which what ``stream`` was asked to do until now is done. None on CPU, where it is done.
 

@@ -17,6 +17,7 @@ def make_flow(
     steps: int = 9,
     tokens: int = 1000,
     rollouts: int | None = None,
+    min_wave: int = 1,
     by_ticket: bool = False,
 ) -> Flow:
     return Flow(
@@ -25,6 +26,7 @@ def make_flow(
         num_steps=steps,
         micro_batch_tokens=tokens,
         micro_batch_rollouts=rollouts,
+        min_wave=min_wave,
         by_ticket=by_ticket,
     )
 
@@ -218,6 +220,30 @@ def test_no_more_is_admitted_than_the_last_step_needs() -> None:
     assert flow.num_admissible() == 2
 
 
+def test_a_wave_begins_when_there_are_slots_for_it() -> None:
+    flow = make_flow(per_step=2, staleness=2, steps=9, min_wave=4)
+    assert flow.num_admissible() == 6
+    begin(flow, *range(6))
+    for version, expected in ((1, 0), (2, 4)):
+        for ticket in (2 * version - 2, 2 * version - 1):
+            flow.ready(ticket, num_tokens=1)
+        while not isinstance(flow.next_instruction(), FinishStep):
+            pass
+        flow.step_done()
+        flow.weights_live(version)
+        assert flow.num_admissible() == expected
+    begin(flow, 6)
+    assert flow.num_admissible() == 3, "an open wave is taken one by one"
+
+
+def test_a_wave_never_waits_for_slots_that_only_its_own_step_would_give_back() -> None:
+    flow = make_flow(per_step=4, staleness=0, steps=2, min_wave=4)
+    begin(flow, 0, 1, 2, 3)
+    flow.fail(2)
+
+    assert flow.num_admissible() == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -225,6 +251,8 @@ def test_no_more_is_admitted_than_the_last_step_needs() -> None:
         ({"staleness": -1}, "max_staleness must be >= 0 versions, got -1"),
         ({"by_ticket": True}, "by_ticket needs max_staleness=0, got 1"),
         ({"tokens": 0}, "a micro-batch holds at least 1 token"),
+        ({"min_wave": 0}, "min_wave must be in 1 … "),
+        ({"min_wave": 5}, "min_wave must be in 1 … .* got 5"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, int], message: str) -> None:
@@ -242,10 +270,11 @@ class FlowMachine(RuleBasedStateMachine):
         steps=st.integers(1, 6),
         rollouts=st.none() | st.integers(1, 5),
         tokens=st.integers(1, 12),
+        wave=st.floats(0.0, 1.0),
         by_ticket=st.booleans(),
     )
     def start(
-        self, per_step: int, staleness: int, steps: int, rollouts: int | None, tokens: int, by_ticket: bool
+        self, per_step: int, staleness: int, steps: int, rollouts: int | None, tokens: int, wave: float, by_ticket: bool
     ) -> None:
         self.per_step = per_step
         self.staleness = 0 if by_ticket else staleness
@@ -256,6 +285,7 @@ class FlowMachine(RuleBasedStateMachine):
             steps=steps,
             tokens=tokens,
             rollouts=rollouts,
+            min_wave=max(1, round(wave * (self.staleness + 1) * per_step)),
             by_ticket=by_ticket,
         )
         self.next_ticket = 0
@@ -393,15 +423,17 @@ TestFlowMachine.settings = settings(max_examples=300, stateful_step_count=60, de
     per_step=st.integers(1, 6),
     staleness=st.integers(0, 5),
     rollouts=st.integers(1, 6),
+    wave=st.floats(0.0, 1.0),
     seed=st.randoms(use_true_random=False),
 )
 def test_random_durations_never_break_the_bound_or_stall(
-    per_step: int, staleness: int, rollouts: int, seed: object
+    per_step: int, staleness: int, rollouts: int, wave: float, seed: object
 ) -> None:
     import random
 
     assert isinstance(seed, random.Random)
-    flow = make_flow(per_step=per_step, staleness=staleness, steps=12, rollouts=rollouts)
+    min_wave = max(1, round(wave * (staleness + 1) * per_step))
+    flow = make_flow(per_step=per_step, staleness=staleness, steps=12, rollouts=rollouts, min_wave=min_wave)
     running: list[tuple[float, int]] = []
     ticket, now = 0, 0.0
     ages: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from engine.transport.handoff import (
     publish,
     record,
     unpack,
+    use_own_stream,
 )
 
 
@@ -246,6 +249,30 @@ def test_a_lent_buffer_is_written_again_only_after_it_was_read() -> None:
     torch.cuda.synchronize()
 
     assert read.sum().item() == 1_000_000
+
+
+@pytest.mark.gpu
+def test_a_thread_with_a_stream_of_its_own_waits_for_what_it_launched_before() -> None:
+    found: list[float] = []
+
+    def work() -> None:
+        keep_busy()
+        written = torch.ones(1_000_000, device="cuda")
+        before = torch.cuda.current_stream()
+        use_own_stream(torch.device("cuda"))
+        assert torch.cuda.current_stream() != before
+        found.append(written.sum().item())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert found == [1_000_000]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_on_cpu_there_is_no_stream_to_have() -> None:
+    use_own_stream(torch.device("cpu"))
 
 
 @pytest.mark.gpu
