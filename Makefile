@@ -3,7 +3,7 @@
 #   make demo                     environment, models, teacher and run, one after the other; stops all that it started
 #   make demo ARGS="--set steps=10"     ARGS goes to `python -m engine.run`
 #   make test                     format, lint, types, all tests
-#   make bench                    the numbers to beat, side by side with their rivals
+#   make bench                    the numbers to beat, side by side with their rivals; ARGS=--quick: a short form
 #   make models                   the demo's models alone
 #   make clean                    removes the environment, the models and all caches; leaves runs/
 
@@ -54,9 +54,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # One process each, one after the other: they would disturb each other. All are run; one that misses its number fails.
-bench: $(VENV)/.dev
-	@status=0; for file in tests/bench/bench_*.py; do name=$$(basename "$$file" .py); echo "== $$name"; \
-		$(BIN)/python -m "tests.bench.$$name" $(ARGS) || status=1; done; exit $$status
+# The table is kept under docs/measurements/.
+bench: $(VENV)/.bench models
+	$(BIN)/python -m tests.bench $(ARGS)
 
 # Stamps: an environment is made again where pyproject.toml is newer than it.
 $(VENV)/.torch:
@@ -73,6 +73,10 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) install --quiet --editable ".[demo,dev]"
 	@touch $(VENV)/.demo $@
 
+$(VENV)/.bench: pyproject.toml $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[demo,dev,bench]"
+	@touch $(VENV)/.demo $(VENV)/.dev $@
+
 clean:
-	rm -rf $(VENV) models build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) models .bench build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -exec rm -rf {} +

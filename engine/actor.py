@@ -10,12 +10,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 import msgspec
 import structlog
 
 from engine.messages import Control
+from engine.virtual_time import outside_work
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,6 +110,14 @@ def next_delay(policy: RestartPolicy, failure_times: Sequence[float], now: float
     return min(policy.backoff_s * 2.0 ** min(max(num_recent - 1, 0), 60), policy.max_backoff_s)
 
 
+class Caller(Protocol):
+    """Where an actor has its blocking calls done: a ``Worker``, or in a simulation what takes virtual time for them."""
+
+    async def call(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    async def close(self) -> None: ...
+
+
 class Worker:
     """One thread, owned by one actor, where its blocking calls run one after the other.
 
@@ -135,7 +144,8 @@ class Worker:
         context = contextvars.copy_context()
         future: Future[R] = self._executor.submit(context.run, functools.partial(_call, fn, *args, **kwargs))
         try:
-            return await asyncio.wrap_future(future)
+            with outside_work():
+                return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             future.add_done_callback(_log_unseen(self.name, _name_of(fn), context))
             raise
@@ -148,7 +158,8 @@ class Worker:
         if self._last is None:
             self._last = self._executor.submit(_nothing)
             self._executor.shutdown(wait=False)
-        await asyncio.shield(asyncio.wrap_future(self._last))
+        with outside_work():
+            await asyncio.shield(asyncio.wrap_future(self._last))
         self._executor.shutdown(wait=True)  # the last call is done: this joins a thread that is on its way out
 
 

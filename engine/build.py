@@ -14,27 +14,29 @@ import msgspec
 
 from engine.actor import Actor, RestartPolicy, Worker
 from engine.actors.checkpointer import Checkpointer
-from engine.actors.evaluator import Evaluator, HeldOut, read_evaluations
-from engine.actors.learner import Learner
+from engine.actors.evaluator import Evaluator, HeldOut
+from engine.actors.learner import DescribeAnswer, Learner
 from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.teacher_proxy import TeacherProxy
+from engine.actors.trained_answer import describe
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
 from engine.check import Inputs, ledger_identity, load_scorer, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
 from engine.errors import RecipeError, UserError
+from engine.evaluations import read_evaluations
 from engine.flow import Flow
 from engine.generation.protocol import Generator
 from engine.graph import ActorSpec, ChannelSpec, Graph, Ports
 from engine.ledger import Ledger
 from engine.parts import Parts
-from engine.prompts import PromptRow, PromptSet, PromptSource
+from engine.prompts import PromptRow, PromptSet, PromptSource, Tokenizer
 from engine.recipe import HttpTeacher, Recipe
 from engine.run_dir import RunDir
 from engine.schedule import Schedule
 from engine.streams import stream_key
-from engine.training.protocol import Trainer
+from engine.training.protocol import TokenLosses, Trainer
 from engine.transport.channel import Receiver, Sender, open_channel
 from engine.types import Prompt, ScoredRollout
 from teacher.protocol import Scores, Teacher
@@ -155,6 +157,8 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         params=sampling_params(recipe, inputs.student),
         learner_worker=Worker("learner"),
         syncer_worker=syncer_worker,
+        sampler_concurrency=sampler_concurrency(recipe, num_slots=recipe.sampler.num_slots),
+        teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
         weights_lock=weights_lock,
         push_weights=WeightPush(
             generator=generator,
@@ -165,6 +169,16 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
             worker=syncer_worker,
         ),
     )
+
+
+def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
+    """Answers under way: a few more than slots, so that a finished slot is refilled at the next decode step."""
+    return num_slots + max(1, recipe.samples_per_prompt)
+
+
+def num_replicas(recipe: Recipe) -> int:
+    """Of the teacher."""
+    return len(recipe.teacher.urls) if isinstance(recipe.teacher, HttpTeacher) else 1
 
 
 def build(graph: Graph, parts: Parts) -> Built:
@@ -237,20 +251,25 @@ def _schedule(recipe: Recipe, prompts: PromptSet, ledger: Ledger, checkpoint: Ch
     )
     again = ledger.rewind(step)
     return Schedule(
-        flow=Flow(
-            rollouts_per_step=recipe.rollouts_per_step,
-            max_staleness=recipe.max_staleness,
-            num_steps=max(recipe.steps, step),
-            micro_batch_tokens=recipe.learner.micro_batch_tokens,
-            micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
-            version=step,
-            min_wave=recipe.sampler.min_wave,
-            by_ticket=recipe.deterministic,
-        ),
+        flow=make_flow(recipe, step=step),
         ledger=ledger,
         make_prompt=source.make_prompt,
         next_ticket=ledger.next_ticket(),
         again=[source.make_prompt(occurrence.rollout_id) for occurrence in again],
+    )
+
+
+def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
+    """The decisions of a run of ``recipe`` that begins after ``step``."""
+    return Flow(
+        rollouts_per_step=recipe.rollouts_per_step,
+        max_staleness=recipe.max_staleness,
+        num_steps=max(recipe.steps, step),
+        micro_batch_tokens=recipe.learner.micro_batch_tokens,
+        micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
+        version=step,
+        min_wave=recipe.sampler.min_wave,
+        by_ticket=recipe.deterministic,
     )
 
 
@@ -296,8 +315,7 @@ def _sampler(ports: Ports) -> Actor:
         generator=parts.generator,
         schedule=parts.schedule,
         params=parts.params,
-        # A few more than there are slots, so that a finished slot is refilled at the next decode step.
-        concurrency=recipe.sampler.num_slots + max(1, recipe.samples_per_prompt),
+        concurrency=parts.sampler_concurrency,
         waves=recipe.deterministic,
         load_weights=parts.push_weights,
     )
@@ -305,7 +323,6 @@ def _sampler(ports: Ports) -> Actor:
 
 def _teacher_proxy(ports: Ports) -> Actor:
     recipe = ports.parts.recipe
-    num_replicas = len(recipe.teacher.urls) if isinstance(recipe.teacher, HttpTeacher) else 1
     return TeacherProxy(
         ports.name,
         rollouts=ports.input,
@@ -313,7 +330,7 @@ def _teacher_proxy(ports: Ports) -> Actor:
         teacher=ports.parts.teacher,
         schedule=ports.parts.schedule,
         top_k=recipe.teacher.top_k,
-        concurrency=recipe.teacher.max_in_flight * num_replicas,
+        concurrency=ports.parts.teacher_concurrency,
         alone=recipe.deterministic,
         max_refusals=max(8, recipe.rollouts_per_step),
     )
@@ -331,6 +348,9 @@ def _learner(ports: Ports) -> Actor:
             trainer.load(checkpoint.path)
 
     evaluator = None if parts.held_out is None else _evaluator(parts, parts.held_out)
+    checkpointer = Checkpointer(
+        store=parts.store, ledger=parts.ledger, trainer=trainer, worker=worker, make_state=_state_maker(parts)
+    )
     return Learner(
         ports.name,
         scored=ports.input,
@@ -340,11 +360,9 @@ def _learner(ports: Ports) -> Actor:
         worker=worker,
         schedule=parts.schedule,
         weights_lock=parts.weights_lock,
-        checkpoint=Checkpointer(
-            store=parts.store, ledger=parts.ledger, trainer=trainer, worker=worker, make_state=_state_maker(parts)
-        ).save,
+        checkpoint=parts.save_checkpoint or checkpointer.save,
         checkpoint_every=recipe.checkpoint.every_steps,
-        evaluate=None if evaluator is None else evaluator.evaluate,
+        evaluate=parts.evaluate or (None if evaluator is None else evaluator.evaluate),
         evaluate_every=0 if recipe.evaluation is None else recipe.evaluation.every_steps,
         # What was measured after the checkpoint was measured on weights that are lost.
         measured=[
@@ -355,7 +373,18 @@ def _learner(ports: Ports) -> Actor:
         last_step=recipe.steps,
         hold_for_evaluation=recipe.deterministic,
         folder=parts.run_dir.path,
+        describe_answer=_answer_describer(parts.tokenizer),
     )
+
+
+def _answer_describer(tokenizer: Tokenizer) -> DescribeAnswer:
+    def decode(ids: Sequence[int], without_special: bool) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=without_special))
+
+    def describe_answer(scored: ScoredRollout[Scores], losses: TokenLosses, step: int, age: int) -> dict[str, object]:
+        return describe(scored, losses, step=step, age=age, decode=decode)
+
+    return describe_answer
 
 
 def _weight_syncer(ports: Ports) -> Actor:

@@ -27,6 +27,7 @@ from engine.errors import (
 )
 from engine.ledger import Ledger
 from engine.model_folder import look_at_model, stop_ids, vocab_size
+from engine.monitor.sinks.attach import check_sinks
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
 from engine.recipe import EvalConfig, HttpTeacher, LocalTeacher, Recipe
 from engine.run_dir import RunDir
@@ -110,6 +111,8 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
         attempt("disk", lambda: _disk(recipe, student, out))
     attempt("devices", lambda: _devices(recipe))
     attempt("port", lambda: _port(recipe))
+    if recipe.sinks.tensorboard or recipe.sinks.wandb.project is not None:
+        attempt("sinks", lambda: (check_sinks(recipe, out or Path("runs") / recipe.name), None))
     if out is not None:
         attempt("folder", lambda: _folder(out, resume=resume))
         if resume and RunDir(out).recipe.exists():

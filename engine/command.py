@@ -19,13 +19,21 @@ from engine.clock import SystemClock
 from engine.errors import ActorFailed, EngineError, UserError
 from engine.graph import Graph
 from engine.load_recipe import load_recipe
-from engine.metrics import NodeMetrics, StepLog
-from engine.monitor.summary import summarise
+from engine.machine import describe_node
+from engine.metrics import NodeMetrics
+from engine.monitor.earlier import remember
+from engine.monitor.feed import Feed
+from engine.monitor.report.files import write_report
+from engine.monitor.sinks.attach import Sinks
+from engine.monitor.summary import Summary, summarise
 from engine.monitor.terminal import Terminal
 from engine.node import Node, Outcome
 from engine.parts import Parts
 from engine.recipe import Recipe, describe
 from engine.run_dir import RunDir, default_out, newest_run
+from engine.simulate.predict import predict, refuse_other_options
+from engine.simulate.show import picture
+from engine.step_log import StepLog
 from engine.tracing import Tracing, log
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_STOPPED = 0, 1, 2, 3
@@ -35,6 +43,8 @@ def command(options: argparse.Namespace) -> int:
     """Do what the options of ``engine.run`` say; returns the exit code."""
     try:
         recipe, graph = load_recipe(Path(options.recipe), options.set)
+        if options.simulate or options.simulate_from is not None:
+            return _simulate(recipe, graph, options)
         if options.show:
             return _show(recipe, graph, as_json=options.json)
         return uvloop.run(_run(recipe, graph, options))
@@ -60,10 +70,18 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
             raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
         run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
-        with closing(parts.ledger), Terminal(tracing, live=_is_live(options)) as terminal:
-            outcome = await _run_node(parts, graph, tracing)
+        try:
+            with closing(parts.ledger), Terminal(tracing, live=_is_live(options)) as terminal:
+                outcome = await _run_node(parts, graph, tracing)
+        except ActorFailed:
+            if (report := _report(run_dir)) is not None:
+                sys.stderr.write(f"report: {report}\n")
+            raise
         summary = summarise(recipe=recipe, run_dir=run_dir, outcome=outcome, view=terminal.view, parts=parts)
-        run_dir.write(run_dir.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        _keep(summary, run_dir)  # first without the report: a long log takes a while to read, and may be interrupted
+        if (report := _report(run_dir)) is not None:
+            summary = msgspec.structs.replace(summary, report=str(report))
+            _keep(summary, run_dir)
         if options.json:
             _write(msgspec.json.encode(summary).decode())
         else:
@@ -84,11 +102,38 @@ async def _run_node(parts: Parts, graph: Graph, tracing: Tracing) -> Outcome:
         raise
     run_dir.keep_recipe(parts.recipe)
     tracing.open(run_dir.path, run=parts.recipe.name, node="0")
+    describe_node(parts.recipe)
     tracing.subscribe("metrics", metrics.apply)
     tracing.subscribe("metrics.jsonl", StepLog(run_dir.metrics).apply)
+    feed = Feed()
+    tracing.subscribe("page", feed.put)
     if parts.schedule.version:
         log.info("run.resumed", step=parts.schedule.version)
-    return await Node(parts, built, metrics=metrics, on_start=tracing.adopt_libraries).run()
+        remember(feed.view, run_dir, until=parts.schedule.version)
+    with Sinks(parts.recipe, run_dir.path, tracing, step=parts.schedule.version):
+        return await Node(parts, built, metrics=metrics, feed=feed, on_start=tracing.adopt_libraries).run()
+
+
+def _keep(summary: Summary, run_dir: RunDir) -> None:
+    run_dir.write(run_dir.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+
+def _report(run_dir: RunDir) -> Path | None:
+    """Write the report of a run that has ended; None when that fails, which is said and is no failure of the run."""
+    try:
+        return write_report(run_dir.path).html
+    except Exception as error:
+        log.warning("report.failed", error=repr(error), exc_info=error)
+        again = shlex.join(["python", "-m", "engine.report", str(run_dir.path)])
+        sys.stderr.write(f"warning: the report could not be written: {error}; try again with: {again}\n")
+        return None
+
+
+def _simulate(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
+    refuse_other_options({"--check": options.check, "--show": options.show, "--resume": options.resume})
+    prediction = predict(recipe, graph, earlier_run=options.simulate_from, out=options.out)
+    _write(msgspec.json.encode(prediction).decode() if options.json else picture(prediction, recipe))
+    return EXIT_OK
 
 
 def _is_live(options: argparse.Namespace) -> bool:

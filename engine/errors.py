@@ -16,6 +16,7 @@
     * GeneratorDied                     the engine that held rollouts is gone
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
     * ActorFailed                       an actor failed for good, so the run ends; names actor and cause
+    * Deadlock                          a simulated run hangs: everybody waits for somebody else
     * ChannelError
         * ClosedChannel                 this end was closed by its owner
         * BrokenChannel                 the other end is gone; what is sent now can never arrive
@@ -126,6 +127,20 @@ class ActorFailed(EngineError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (ActorFailed, (self.actor, self.cause))
+
+
+class Deadlock(EngineError):
+    """A simulated run hangs: nothing can run and no timer is set, so nobody who waits will ever be woken."""
+
+    def __init__(self, waiting: str) -> None:
+        super().__init__(
+            "the simulated run hangs: nothing can run and no timer is set. Does an actor keep a rollout that it "
+            f"neither hands on nor reports to schedule.failed? Who waits, and in which call:\n{waiting}"
+        )
+        self.waiting = waiting
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Deadlock, (self.waiting,))
 
 
 class ChannelError(EngineError):

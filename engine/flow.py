@@ -25,7 +25,9 @@ the bound is hard and nothing is thrown away to keep it.
 
 from __future__ import annotations
 
+import bisect
 import heapq
+from collections import deque
 from enum import Enum
 
 import msgspec
@@ -157,14 +159,18 @@ class Flow:
         self._wave_left = 0
         self._draining = False
         self._entries: dict[int, _Entry] = {}
-        """Everything in flight, in ticket order when ``by_ticket`` (waves are admitted in order)."""
+        """Everything in flight."""
+        self._queue: deque[int] = deque()
+        """When ``by_ticket``: what is admitted and not accepted, in ticket order. One that failed is passed over."""
         self._accepted: list[int] = []
         self._num_admitted = 0
         """In state ADMITTED: due at live + S."""
         self._due: dict[int, int] = {}
         """deadline → rollouts begun, not accepted."""
         self._ready: dict[int, list[int]] = {}
-        """deadline → heap of tickets that are ready (unless ``by_ticket``, which looks at ``_entries``)."""
+        """deadline → heap of tickets that are ready (unless ``by_ticket``, which looks at ``_queue``)."""
+        self._ready_tokens: dict[int, int] = {}
+        """deadline → their tokens in all."""
         self._num_ready = 0
 
     @property
@@ -224,6 +230,7 @@ class Flow:
             raise RuntimeError(f"rollout {rollout_id} was admitted twice")
         if self._wave_left:
             self._wave_left -= 1
+            bisect.insort(self._queue, rollout_id)
         self._entries[rollout_id] = _Entry(RolloutState.ADMITTED)
         self._num_admitted += 1
         self._in_use += 1
@@ -258,7 +265,7 @@ class Flow:
         entry.state = RolloutState.READY
         entry.num_tokens = num_tokens
         if not self._by_ticket:
-            heapq.heappush(self._ready.setdefault(entry.begun + self._staleness, []), rollout_id)
+            self._push_ready(rollout_id, entry.begun + self._staleness)
         self._num_ready += 1
 
     def fail(self, rollout_id: int) -> None:
@@ -290,6 +297,8 @@ class Flow:
             entry = self._entries[ticket]
             entry.state = RolloutState.ACCEPTED
             self._forget_deadline(entry)
+        while self._queue and self._queue[0] <= chosen[-1]:
+            self._queue.popleft()
         self._num_ready -= len(chosen)
         self._accepted += chosen
         assert max(ages) <= self._staleness, f"staleness bound broken: ages {ages}, limit {self._staleness}"
@@ -324,34 +333,71 @@ class Flow:
     # Choosing
 
     def _choose_by_deadline(self) -> list[int]:
-        chosen: list[int] = []
-        taken: dict[int, int] = {}
-        tokens = 0
         room = self._per_step - len(self._accepted)
-        for deadline in sorted(self._ready):
+        most = min(room, self._micro_rollouts)
+        takable = self._takable(most)
+        # Most calls end here, for one rollout more is seldom a micro-batch more: it takes O(S), not O(what is ready).
+        num_takable = sum(number for _, number in takable)
+        if num_takable < most and sum(self._ready_tokens[deadline] for deadline, _ in takable) < self._micro_tokens:
+            return []
+        chosen: list[int] = []
+        tokens = 0
+        for deadline, number in takable:
             heap = self._ready[deadline]
-            while heap:
+            for _ in range(number):
                 num_tokens = self._entries[heap[0]].num_tokens
                 if chosen and tokens + num_tokens > self._micro_tokens:
                     return chosen
-                if not self._fits(deadline, taken, len(chosen)):
-                    return self._give_back(chosen)
-                ticket = heapq.heappop(heap)
-                chosen.append(ticket)
-                taken[deadline] = taken.get(deadline, 0) + 1
+                chosen.append(self._pop_ready(deadline))
                 tokens += num_tokens
-                if len(chosen) in (room, self._micro_rollouts) or tokens >= self._micro_tokens:
+                if len(chosen) == most or tokens >= self._micro_tokens:
                     return chosen
-            del self._ready[deadline]
         return self._give_back(chosen)
+
+    def _takable(self, most: int) -> list[tuple[int, int]]:
+        """(deadline, number of ready rollouts with it that the step may take), earliest first, ``most`` in all.
+
+        With slack(d) = (P − accepted) + (d − c)·P − what is due at d or earlier, the rule of acceptance is: of those
+        with a deadline after d, at most slack(d) may be taken, for every d.
+        """
+        found: list[tuple[int, int]] = []
+        slack = self._per_step - len(self._accepted)
+        left = most
+        d = self._version
+        for deadline in sorted(self._ready):
+            while d < deadline:
+                slack -= self._due.get(d, 0)
+                if d == self._live + self._staleness:
+                    slack -= self._num_admitted
+                left = min(left, slack)
+                slack += self._per_step
+                d += 1
+            number = min(left, len(self._ready[deadline]))
+            if number <= 0:
+                break
+            found.append((deadline, number))
+            left -= number
+        return found
+
+    def _pop_ready(self, deadline: int) -> int:
+        heap = self._ready[deadline]
+        ticket = heapq.heappop(heap)
+        self._ready_tokens[deadline] -= self._entries[ticket].num_tokens
+        if not heap:
+            del self._ready[deadline], self._ready_tokens[deadline]
+        return ticket
+
+    def _push_ready(self, ticket: int, deadline: int) -> None:
+        heapq.heappush(self._ready.setdefault(deadline, []), ticket)
+        self._ready_tokens[deadline] = self._ready_tokens.get(deadline, 0) + self._entries[ticket].num_tokens
 
     def _choose_by_ticket(self) -> list[int]:
         chosen: list[int] = []
         tokens = 0
         room = self._per_step - len(self._accepted)
-        for ticket in sorted(self._entries):
-            entry = self._entries[ticket]
-            if entry.state is RolloutState.ACCEPTED:
+        for ticket in self._queue:
+            entry = self._entries.get(ticket)
+            if entry is None:
                 continue
             if entry.state is not RolloutState.READY:
                 return []
@@ -368,22 +414,8 @@ class Flow:
     def _give_back(self, chosen: list[int]) -> list[int]:
         """Too few for a micro-batch: they stay ready, so that one with an earlier deadline may still go first."""
         for ticket in chosen:
-            deadline = self._entries[ticket].begun + self._staleness
-            heapq.heappush(self._ready.setdefault(deadline, []), ticket)
+            self._push_ready(ticket, self._entries[ticket].begun + self._staleness)
         return []
-
-    def _fits(self, deadline: int, taken: dict[int, int], num_taken: int) -> bool:
-        """May the step take one more with this deadline, ``taken`` already being on their way into it?"""
-        room = self._per_step - len(self._accepted) - num_taken - 1
-        due = 0
-        for d in range(self._version, deadline):
-            due += self._due.get(d, 0) - taken.get(d, 0)
-            if d == self._live + self._staleness:
-                due += self._num_admitted
-            if due > room:
-                return False
-            room += self._per_step
-        return True
 
     # Bookkeeping
 

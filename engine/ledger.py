@@ -120,7 +120,7 @@ class Ledger:
     Memory grows with the occurrences that are under way, not with the run.
     """
 
-    def __init__(self, *, path: Path, db: sqlite3.Connection, lock: int) -> None:
+    def __init__(self, *, path: Path, db: sqlite3.Connection, lock: int | None) -> None:
         self._path = path
         self._db = db
         self._lock = lock
@@ -158,6 +158,12 @@ class Ledger:
             ledger._release()
             raise
         return ledger
+
+    @classmethod
+    def in_memory(cls, *, run_name: str, seed: int) -> Ledger:
+        """One that no file holds and no other process sees: a simulation's."""
+        path = Path(":memory:")
+        return cls(path=path, db=_connect(path, {"schema": SCHEMA, "run_name": run_name, "seed": str(seed)}), lock=None)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._failure else "open"
@@ -329,6 +335,15 @@ class Ledger:
         """Rows in each state, the uncommitted events included; O(1)."""
         return dict(self._counts)
 
+    def ages(self) -> dict[int, int]:
+        """Trained rollouts by age: versions between their first token and the step that trained on them."""
+        self._usable()
+        found = self._db.execute(
+            "SELECT trained_step - 1 - version_first AS age, count(*) FROM rollouts WHERE state = 'trained' "
+            "GROUP BY age ORDER BY age"
+        )
+        return dict(found.fetchall())
+
     def next_ticket(self) -> int:
         """One after the largest rollout id."""
         return self._next_ticket
@@ -462,11 +477,11 @@ class Ledger:
         try:
             self._db.close()  # an open transaction is undone
         finally:
-            with contextlib.suppress(
-                OSError
-            ):  # only a courtesy to who reads the file; the lock goes with the descriptor
-                os.ftruncate(self._lock, 0)
-            os.close(self._lock)
+            if self._lock is not None:
+                # Only a courtesy to who reads the file; the lock goes with the descriptor.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._lock, 0)
+                os.close(self._lock)
 
 
 def verify_ledger(path: Path, *, steps: int, rollouts_per_step: int, max_staleness: int | None = None) -> list[str]:

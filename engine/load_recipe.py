@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from engine.build import standard_graph
 from engine.errors import RecipeError
 from engine.graph import ActorSpec, ChannelSpec, Graph
-from engine.recipe import Recipe, with_overrides
+from engine.recipe import Recipe, value_of, with_overrides
 
 EditGraph = Callable[[Graph], Graph]
 
@@ -19,12 +24,13 @@ EditGraph = Callable[[Graph], Graph]
 def load_recipe(path: Path, assignments: list[str]) -> tuple[Recipe, Graph]:
     """Run ``recipe()`` of the file, apply ``--set`` assignments, and make the graph of the result.
 
+    An assignment to a parameter of ``recipe`` goes into the call, every other one to a field of what it returns.
     ``recipe()`` returns a ``Recipe``, or a ``Recipe`` and a function that changes the standard graph.
 
     Raises:
         RecipeError: the file cannot be read or run, returns something else, or the recipe cannot run as written.
     """
-    returned = _call(path)
+    returned, assignments = _call(path, assignments)
     edit: EditGraph | None = None
     if isinstance(returned, tuple) and len(returned) == 2 and callable(returned[1]):
         returned, edit = returned
@@ -60,7 +66,8 @@ def _edited(graph: Graph, edit: EditGraph, path: Path) -> Graph:
     return edited
 
 
-def _call(path: Path) -> object:
+def _call(path: Path, assignments: list[str]) -> tuple[object, list[str]]:
+    """What ``recipe()`` returned, and the assignments that are not to its parameters."""
     if not path.is_file():
         raise RecipeError(f"recipe {str(path)!r} is not a file; expected a Python file with `def recipe() -> Recipe`")
     spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
@@ -74,12 +81,43 @@ def _call(path: Path) -> object:
         make = getattr(module, "recipe", None)
         if not callable(make):
             raise RecipeError(f"{path} defines no function recipe(); expected `def recipe() -> Recipe`")
-        return make()
+        arguments, rest = _arguments(make, assignments, path)
+        return make(**arguments), rest
     except RecipeError:
         raise
     # A recipe that exits would end the command as if a run had been done.
     except (Exception, SystemExit) as error:
         raise RecipeError(f"{path}{_line_of(error, path)}: {_name_of(error)}") from error
+
+
+def _arguments(make: Callable[..., object], assignments: list[str], path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Split ``--set`` into arguments of ``recipe()``, as their annotations say, and the rest.
+
+    Raises:
+        RecipeError: a value that its parameter does not take, or a name that means nothing.
+    """
+    parameters = inspect.signature(make).parameters
+    types = typing.get_type_hints(make) if parameters else {}
+    arguments: dict[str, Any] = {}
+    rest = []
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        name = name.strip()
+        if not separator or name not in parameters:
+            if separator and parameters and name.partition(".")[0] not in Recipe.__struct_fields__:
+                raise RecipeError(
+                    f"--set {assignment}: {name!r} is neither a parameter of recipe() in {path}, which are "
+                    f"{', '.join(parameters)}, nor a field of the recipe, which are "
+                    f"{', '.join(Recipe.__struct_fields__)}"
+                )
+            rest.append(assignment)
+            continue
+        try:
+            arguments[name] = msgspec.convert(value_of(text), types.get(name, Any), strict=False)
+        except msgspec.ValidationError as error:
+            expected = inspect.formatannotation(types.get(name, Any)).removeprefix("typing.")
+            raise RecipeError(f"--set {assignment}: recipe() in {path} takes {name}: {expected}; {error}") from error
+    return arguments, rest
 
 
 def _line_of(error: BaseException, path: Path) -> str:

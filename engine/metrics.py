@@ -1,108 +1,70 @@
-"""What a run measures, each metric with kind, unit and reduction declared once; made from the lines of the log, so that
-actors know nothing of metrics. Decides names and meanings; who asks for them and where they are shown lies elsewhere.
-
-``NodeMetrics`` keeps the present values for Prometheus, ``StepLog`` writes one line per optimizer step.
-"""
+"""The present values of one node's metrics, made from the lines of the log, so that actors know nothing of metrics.
+Decides which line moves which series; which series there are is ``engine.metric_catalogue``'s."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import msgspec
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from engine.metric_catalogue import (
+    ACTOR_RESTARTS,
+    ACTOR_STATE,
+    CHANNEL_ITEMS,
+    CHANNEL_MAX_ITEMS,
+    CHANNEL_SENT,
+    CHANNEL_WAIT,
+    CHECKPOINT,
+    CHECKPOINT_STEP,
+    COMPUTED_TOKENS,
+    DECODED_TOKENS,
+    GENERATOR_BUSY,
+    GENERATOR_RUNNING,
+    GENERATOR_SLOTS,
+    GENERATOR_WAITING,
+    GRAD_NORM,
+    HELD_OUT_KL,
+    HELD_OUT_SCORE,
+    LEARNING_RATE,
+    LIVE_VERSION,
+    LOG_LINES,
+    LOOP_LAG,
+    LOSS,
+    METRICS,
+    MICRO_BATCH,
+    OPTIMIZER,
+    POLICY_VERSION,
+    REFERENCE_KL,
+    REFERENCE_NLL,
+    REPLICA_UP,
+    ROLLOUT,
+    ROLLOUTS,
+    SAMPLED_TOKENS,
+    STALENESS,
+    STEP_INTERVAL,
+    STEPS,
+    TEACHER_HEDGES,
+    TEACHER_PARKED,
+    TEACHER_PARKED_SECONDS,
+    TEACHER_REQUESTS,
+    TEACHER_RETRIES,
+    TEACHER_SECONDS,
+    TRAINED_TOKENS,
+    WEIGHTS_PUSH,
+    Metric,
+)
 from engine.tracing import Event
 
-_SHORT_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-_LONG_S = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-_VERSIONS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-
-
-class Metric(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric, without its value."""
-
-    name: str
-    """Of the Prometheus series, unit last (counters: before ``_total``)."""
-    kind: Literal["counter", "gauge", "histogram"]
-    unit: str
-    reduction: Literal["sum", "last", "distribution"]
-    """How values of several nodes, or of a longer time, become one."""
-    doc: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-
-
-def _counter(name: str, unit: str, doc: str, *labels: str) -> Metric:
-    return Metric(name=name, kind="counter", unit=unit, reduction="sum", doc=doc, labels=labels)
-
-
-def _gauge(name: str, unit: str, doc: str, *labels: str) -> Metric:
-    return Metric(name=name, kind="gauge", unit=unit, reduction="last", doc=doc, labels=labels)
-
-
-def _histogram(name: str, unit: str, doc: str, buckets: tuple[float, ...]) -> Metric:
-    return Metric(name=name, kind="histogram", unit=unit, reduction="distribution", doc=doc, buckets=buckets)
-
-
-ROLLOUTS = _counter("engine_rollouts_total", "rollouts", "Rollouts that reached a state, repeats included.", "state")
-SAMPLED_TOKENS = _counter("engine_sampled_tokens_total", "tokens", "Response tokens of finished answers.")
-DECODED_TOKENS = _counter("engine_generator_tokens_total", "tokens", "Tokens that the generator made, all of them.")
-TRAINED_TOKENS = _counter("engine_trained_tokens_total", "tokens", "Response tokens in optimizer steps.")
-COMPUTED_TOKENS = _counter(
-    "engine_computed_tokens_total", "tokens", "Positions through the student in training: prompts and padding count."
-)
-STEPS = _counter("engine_steps_total", "steps", "Optimizer steps, by whether the weights changed.", "outcome")
-STEP_INTERVAL = _histogram(
-    "engine_step_interval_seconds", "seconds", "From the end of one optimizer step to the end of the next.", _LONG_S
-)
-MICRO_BATCH = _histogram("engine_micro_batch_seconds", "seconds", "Forward and backward of one micro-batch.", _LONG_S)
-OPTIMIZER = _histogram("engine_optimizer_seconds", "seconds", "Clipping and optimizer of one step.", _SHORT_S)
-LOSS = _gauge("engine_loss_nats", "nats per token", "The objective, mean over the last step's response tokens.")
-GRAD_NORM = _gauge("engine_grad_norm", "1", "Norm of the last step's gradient, before clipping.")
-LEARNING_RATE = _gauge("engine_learning_rate", "1", "Of the last step.")
-STALENESS = _histogram(
-    "engine_staleness_versions", "versions", "Age of each rollout when its step trained on it.", _VERSIONS
-)
-POLICY_VERSION = _gauge("engine_policy_version", "version", "Optimizer steps done: the learner's version.")
-LIVE_VERSION = _gauge("engine_live_version", "version", "The version that every generator holds.")
-WEIGHTS_PUSH = _histogram("engine_weights_push_seconds", "seconds", "Bringing a version to the generators.", _LONG_S)
-ROLLOUT = _histogram("engine_rollout_seconds", "seconds", "Sampling one answer, waiting for a slot included.", _LONG_S)
-CHECKPOINT_STEP = _gauge("engine_checkpoint_step", "step", "Of the newest checkpoint.")
-CHECKPOINT = _histogram("engine_checkpoint_seconds", "seconds", "Writing one checkpoint.", _LONG_S)
-HELD_OUT_KL = _gauge("engine_held_out_kl_nats", "nats per token", "Teacher to student, student's held-out answers.")
-REFERENCE_NLL = _gauge("engine_reference_nll_nats", "nats per token", "Of the reference answers under the student.")
-TEACHER_REQUESTS = _counter("engine_teacher_requests_total", "requests", "Rollouts at the teacher.", "outcome")
-TEACHER_SECONDS = _histogram(
-    "engine_teacher_score_seconds", "seconds", "One rollout at the teacher, retries and waits included.", _LONG_S
-)
-TEACHER_RETRIES = _counter("engine_teacher_retries_total", "attempts", "Attempts after the first.")
-TEACHER_HEDGES = _counter("engine_teacher_hedges_total", "attempts", "Second replicas asked because of a slow one.")
-TEACHER_PARKED = _gauge("engine_teacher_parked", "1", "1 while every replica is away and rollouts wait.")
-TEACHER_PARKED_SECONDS = _counter("engine_teacher_parked_seconds_total", "seconds", "Time without any replica.")
-REPLICA_UP = _gauge("engine_teacher_replica_up", "1", "1 while the replica takes requests.", "replica")
-ACTOR_STATE = _gauge(
-    "engine_actor_state", "1", "1 for the state that the actor is in, 0 for the others.", "actor", "state"
-)
-ACTOR_RESTARTS = _counter("engine_actor_restarts_total", "restarts", "Actors started again after a failure.", "actor")
-CHANNEL_ITEMS = _gauge("engine_channel_items", "items", "Unread.", "channel")
-CHANNEL_MAX_ITEMS = _gauge("engine_channel_max_items", "items", "Room for.", "channel")
-CHANNEL_SENT = _counter("engine_channel_sent_items_total", "items", "Sent.", "channel")
-CHANNEL_WAIT = _counter("engine_channel_wait_seconds_total", "seconds", "Waited, summed over calls.", "channel", "side")
-LOOP_LAG = _histogram("engine_loop_lag_seconds", "seconds", "How late the event loop ran a timer.", _SHORT_S)
-GENERATOR_RUNNING = _gauge("engine_generator_running", "sequences", "In decode slots.")
-GENERATOR_WAITING = _gauge("engine_generator_waiting", "sequences", "Waiting for a slot.")
-GENERATOR_SLOTS = _gauge("engine_generator_slots", "sequences", "Decode slots.")
-GENERATOR_BUSY = _counter("engine_generator_busy_seconds_total", "seconds", "Spent computing.")
-LOG_LINES = _counter("engine_log_lines_total", "lines", "Written, by level.", "level")
-
-METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
-"""All of them, in the order of docs/events.md."""
-
 _ACTOR_STATES = ("new", "starting", "running", "draining", "stopped", "failed")
+_OF_EVALUATION = (
+    (HELD_OUT_KL, "kl"),
+    (REFERENCE_KL, "reference_kl"),
+    (REFERENCE_NLL, "reference_nll"),
+    (HELD_OUT_SCORE, "score"),
+)
 
 
 class ChannelReading(Protocol):
@@ -226,7 +188,7 @@ class NodeMetrics:
         self._set(CHECKPOINT_STEP, event["step"])
 
     def _on_eval(self, event: Event) -> None:
-        for metric, key in ((HELD_OUT_KL, "kl"), (REFERENCE_NLL, "reference_nll")):
+        for metric, key in _OF_EVALUATION:
             if event.get(key) is not None:
                 self._set(metric, event[key])
 
@@ -282,82 +244,9 @@ class _WithoutCreated(CollectorRegistry):
 def _make(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
     if metric.kind == "histogram":
         return Histogram(metric.name, metric.doc, metric.labels, registry=registry, buckets=metric.buckets)
-    made = Counter if metric.kind == "counter" else Gauge
-    return made(metric.name, metric.doc, metric.labels, registry=registry)
-
-
-class StepMetric(msgspec.Struct, frozen=True, kw_only=True):
-    """One column of ``metrics.jsonl``."""
-
-    name: str
-    unit: str
-    reduction: Literal["mean over tokens", "mean over rollouts", "max", "sum", "last"]
-    """Over what happened within the step."""
-    doc: str
-
-
-STEP_METRICS: tuple[StepMetric, ...] = (
-    StepMetric(name="t", unit="ISO 8601, UTC", reduction="last", doc="End of the step."),
-    StepMetric(name="step", unit="steps", reduction="last", doc="Counted from 1; afterwards the policy version."),
-    StepMetric(name="loss", unit="nats per token", reduction="mean over tokens", doc="The objective."),
-    StepMetric(name="grad_norm", unit="1", reduction="last", doc="Of the gradient of ``loss``, before clipping."),
-    StepMetric(name="lr", unit="1", reduction="last", doc="Learning rate."),
-    StepMetric(name="num_rollouts", unit="rollouts", reduction="sum", doc="Trained in the step."),
-    StepMetric(name="num_tokens", unit="tokens", reduction="sum", doc="Response tokens trained in the step."),
-    StepMetric(name="num_micro_batches", unit="micro-batches", reduction="sum", doc="Forward and backward passes."),
-    StepMetric(name="staleness_max", unit="versions", reduction="max", doc="Age of the oldest rollout."),
-    StepMetric(name="staleness_mean", unit="versions", reduction="mean over rollouts", doc="Age when trained."),
-    StepMetric(name="skipped", unit="true or false", reduction="last", doc="The weights did not change."),
-    StepMetric(name="interval_s", unit="seconds", reduction="last", doc="Since the end of the step before."),
-)
-"""What every line of ``metrics.jsonl`` holds. What the objective measures on the side follows under its own names, as
-means over the step's response tokens."""
-
-_NOT_A_METRIC = frozenset(
-    (
-        "event",
-        "level",
-        "kind",
-        "run",
-        "node",
-        "actor",
-        "version",
-        "outcome",
-        "start_ns",
-        "dur_us",
-        "ages",
-        "rollout_ids",
-    )
-)
-
-
-class StepLog:
-    """Appends one line per optimizer step to a file: ``tracing.subscribe("metrics.jsonl", StepLog(path).apply)``.
-
-    A resumed run writes the steps after its checkpoint again; of two lines with one step the later one holds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._last_at: datetime | None = None
-
-    def apply(self, event: Event) -> None:
-        """Take in one line of the log.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        if event["event"] != "learner.step" or event.get("outcome") != "ok":
-            return
-        at = datetime.fromisoformat(event["t"])
-        interval_s = None if self._last_at is None else (at - self._last_at).total_seconds()
-        self._last_at = at
-        with self._path.open("ab") as file:
-            file.write(msgspec.json.encode(step_line(event, interval_s=interval_s)) + b"\n")
-
-
-def step_line(event: Event, *, interval_s: float | None) -> Mapping[str, Any]:
-    """The line of ``metrics.jsonl`` that a ``learner.step`` event makes: declared metrics first, in their order."""
-    values = {**event, "interval_s": interval_s}
-    declared = {metric.name: values.pop(metric.name, None) for metric in STEP_METRICS}
-    return {**declared, **{key: value for key, value in values.items() if key not in _NOT_A_METRIC}}
+    if metric.kind == "counter":
+        return Counter(metric.name, metric.doc, metric.labels, registry=registry)
+    gauge = Gauge(metric.name, metric.doc, metric.labels, registry=registry)
+    if not metric.labels:
+        gauge.set(metric.begins)
+    return gauge

@@ -14,12 +14,15 @@ import msgspec
 from engine.actor import ActorState
 from engine.build import Built
 from engine.errors import ActorFailed
+from engine.generation.protocol import Generator
 from engine.http_port import HttpPort
 from engine.messages import Drain
 from engine.metrics import NodeMetrics
+from engine.monitor.feed import Feed
 from engine.parts import Parts
 from engine.supervisor import Supervisor
 from engine.tracing import log, span
+from engine.transport.channel import ChannelStatistics
 
 _TICK_S = 1.0
 _SHOW_CURSOR = "\x1b[?25h"
@@ -44,10 +47,13 @@ class Node:
 
     Args:
         metrics: told of the channels, asked for its text.
+        feed: what the status page is made from; it is given the lines of the log by whoever owns that.
         on_start: called when every actor has started, and with them every library has been imported.
     """
 
-    def __init__(self, parts: Parts, built: Built, *, metrics: NodeMetrics, on_start: Callable[[], None]) -> None:
+    def __init__(
+        self, parts: Parts, built: Built, *, metrics: NodeMetrics, feed: Feed, on_start: Callable[[], None]
+    ) -> None:
         self._parts = parts
         self._built = built
         self._metrics = metrics
@@ -55,17 +61,30 @@ class Node:
         self._supervisor = Supervisor(parts.clock)
         for actor in built.actors:
             self._supervisor.add(actor, restart=built.restarts[actor.name])
-        self._port = HttpPort(parts.recipe.node, is_ready=self._is_ready, status=self._status, metrics=metrics.render)
+        self._port = HttpPort(
+            parts.recipe.node,
+            is_ready=self._is_ready,
+            status=self._status,
+            metrics=metrics.render,
+            feed=feed,
+            clock=parts.clock,
+        )
         self._stopped_by: str | None = None
         self._grace: asyncio.Task[None] | None = None
 
     async def run(self) -> Outcome:
-        """Start everything, wait for the end, stop everything.
+        """Start everything, wait for the end, stop everything; the port last, so that its page shows the end.
 
         Raises:
             ActorFailed: an actor failed and may not, or no longer, be restarted.
             RecipeError: the node's port cannot be had.
         """
+        try:
+            return await self._run()
+        finally:
+            await self._port.stop()
+
+    async def _run(self) -> Outcome:
         parts = self._parts
         recipe = parts.recipe
         started = parts.clock.now()
@@ -107,7 +126,6 @@ class Node:
                 if task is not None:
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
-            await self._port.stop()
             await parts.teacher.close()
         outcome = Outcome(
             version=parts.schedule.version, stopped_by=self._stopped_by, wall_s=parts.clock.now() - started
@@ -144,28 +162,7 @@ class Node:
         while True:
             before = clock.now()
             await clock.sleep(_TICK_S)
-            statistics = [sender.statistics() for sender in self._built.senders.values()]
-            for channel in statistics:
-                log.info(
-                    "channel.stats",
-                    channel=channel.name,
-                    items=channel.items,
-                    max_items=channel.max_items,
-                    sent_total=channel.sent_total,
-                    send_wait_s=channel.send_wait_s,
-                    receive_wait_s=channel.receive_wait_s,
-                )
-            self._metrics.observe_channels(statistics)
-            generator = self._parts.generator.statistics()
-            log.info(
-                "generator.stats",
-                version=generator.version,
-                running=generator.running,
-                waiting=generator.waiting,
-                num_slots=generator.num_slots,
-                tokens_total=generator.tokens_total,
-                busy_s=generator.busy_s,
-            )
+            self._metrics.observe_channels(say_statistics(self._built, self._parts.generator))
             log.info("loop.lag", lag_s=max(0.0, clock.now() - before - _TICK_S))
 
     @contextmanager
@@ -198,3 +195,32 @@ class Node:
         await self._parts.clock.sleep(self._parts.recipe.node.grace_s)
         log.warning("run.grace_ended", step=self._parts.schedule.version + 1)
         self._parts.schedule.finish()
+
+
+def say_statistics(built: Built, generator: Generator) -> list[ChannelStatistics]:
+    """Log how full the channels are, who waits, and what the generator does; returns what was read of the channels."""
+    statistics = [sender.statistics() for sender in built.senders.values()]
+    for channel in statistics:
+        log.info(
+            "channel.stats",
+            channel=channel.name,
+            items=channel.items,
+            max_items=channel.max_items,
+            sent_total=channel.sent_total,
+            send_wait_s=channel.send_wait_s,
+            receive_wait_s=channel.receive_wait_s,
+        )
+    generating = generator.statistics()
+    log.info(
+        "generator.stats",
+        version=generating.version,
+        running=generating.running,
+        waiting=generating.waiting,
+        num_slots=generating.num_slots,
+        tokens_total=generating.tokens_total,
+        decode_steps_total=generating.decode_steps_total,
+        prefill_tokens_total=generating.prefill_tokens_total,
+        busy_s=generating.busy_s,
+        paused_s=generating.paused_s,
+    )
+    return statistics

@@ -4,11 +4,12 @@ actors."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import msgspec
 
-from engine.actor import Worker
+from engine.actor import Caller
 from engine.checkpoint import Checkpoint, CheckpointStore
 from engine.clock import Clock
 from engine.generation.protocol import Generator
@@ -38,11 +39,19 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     trainer: Trainer
     teacher: Teacher
     params: SamplingParams
-    learner_worker: Worker
+    learner_worker: Caller
     """The one thread in which the trainer is called."""
-    syncer_worker: Worker
+    syncer_worker: Caller
     """The thread in which versions are digested on their way out."""
+    sampler_concurrency: int
+    """Answers under way at a time."""
+    teacher_concurrency: int
+    """Rollouts at the teacher at a time."""
     weights_lock: asyncio.Lock
     """Held while weights are read to travel, and while the optimizer changes them."""
     push_weights: Callable[[], Awaitable[None]]
     """Give the generator the learner's present weights."""
+    evaluate: Callable[[int], Coroutine[Any, Any, None]] | None = None
+    """Instead of measuring the held-out prompts (a simulation has none)."""
+    save_checkpoint: Callable[[int], Awaitable[None]] | None = None
+    """Instead of writing one."""

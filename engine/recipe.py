@@ -22,6 +22,9 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+StepSeconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
+"""Not 0: in no time, no end of tokens."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -207,6 +210,33 @@ class CheckpointConfig(Section, frozen=True, kw_only=True):
     """Older ones are deleted."""
 
 
+class WandbConfig(Section, frozen=True, kw_only=True):
+    """Weights & Biases (extra ``wandb``)."""
+
+    project: Annotated[str, Meta(pattern=r"^[^/\\#?%:]{1,128}$")] | None = None
+    """None: nothing is sent or written."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """"offline" writes into ``wandb/`` of the run's folder, to be sent later with ``wandb sync``. None: what
+    WANDB_MODE in the environment says, and "online" without it."""
+    entity: str | None = None
+    """User or team; None: the account's default."""
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class SinksConfig(Section, frozen=True, kw_only=True):
+    """Who else is told what is measured. A sink never slows the run down, and one that fails is switched off."""
+
+    tensorboard: bool | Annotated[str, Meta(min_length=1)] = False
+    """True: event files in ``tensorboard/`` of the run's folder (extra ``tensorboard``). A text: a folder that many
+    runs share; this one's files go beneath it under the name of the run's folder."""
+    wandb: WandbConfig = WandbConfig()
+    max_points: Positive = 1024
+    """Steps and measurements that a sink may be behind; of more the oldest are left out, counted and said."""
+    flush_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 30.0
+    """How long the end of the run waits for a sink that is behind."""
+
+
 class NodeConfig(Section, frozen=True, kw_only=True):
     """This process as the outside sees it."""
 
@@ -217,6 +247,67 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     """Required when ``host`` is not a loopback address."""
     grace_s: PositiveFloat = 60.0
     """After SIGINT or SIGTERM: how long the step under way may take to finish before it is left for the resumed run."""
+
+
+class ReplayConfig(Section, frozen=True, kw_only=True):
+    """What things take in a simulation (``--simulate``). The defaults are a made-up machine; ``--simulate-from``
+    replaces them by what an earlier run took. Tokens are those of prompt and answer together unless it says
+    otherwise."""
+
+    num_samplers: Positive = 1
+    """Generators, each with ``sampler.num_slots`` slots."""
+    num_teachers: Positive | None = None
+    """Teacher replicas; None: as many as ``teacher.urls`` has."""
+    num_learners: Positive = 1
+    """Data parallel: the rollouts of a micro-batch are spread over them."""
+    decode_step_s: StepSeconds = 0.012
+    """One token for every active slot …"""
+    decode_slot_s: Seconds = 40e-6
+    """… and so much more for each of them."""
+    prefill_s: Seconds = 0.0
+    """Each time that prompts enter slots …"""
+    prefill_token_s: Seconds = 0.0
+    """… and so much more for each token of theirs; a prompt that several answers share counts once."""
+    weights_push_s: Seconds = 0.0
+    """A new version on its way; answers go on."""
+    weights_pause_s: Seconds = 2.0
+    """Decoding stands still while a generator takes it in."""
+    teacher_batch_rollouts: Positive = 1
+    """Answers that a replica scores together; 1: one at a time."""
+    teacher_parallel: Positive = 1
+    """Batches that a replica works on side by side, none slower for it."""
+    teacher_batch_s: Seconds = 0.0
+    """A batch …"""
+    teacher_token_s: Seconds = 1e-4
+    """… and so much more for each token in it."""
+    teacher_latency_s: Seconds = 0.025
+    """From the end of a batch until its scores are here; the replica goes on meanwhile."""
+    micro_batch_s: Seconds = 0.0
+    """Forward and backward of a micro-batch …"""
+    learner_token_s: Seconds = 1.5e-4
+    """… and so much more for each token in it."""
+    optimizer_s: Seconds = 1.0
+    """One step."""
+    checkpoint_s: Seconds = 0.0
+    """The learner waits so long for each checkpoint."""
+    evaluation_s: Seconds = 0.0
+    """The learner waits so long for each measurement on held-out prompts."""
+    length_mu: Annotated[float, Meta(ge=-10.0, le=20.0)] | None = None
+    """Answer lengths are lognormal: mean of the logarithm. None: half of ``length_max`` is the median."""
+    length_sigma: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.9
+    length_min: Positive = 1
+    """Tokens; shorter ones are lengthened to it."""
+    length_max: Positive | None = None
+    """Tokens; None: ``sampler.max_new_tokens``, which no answer exceeds."""
+    prompt_tokens: Positive | None = None
+    """Of every prompt; None: half of ``data.max_prompt_tokens``."""
+
+    def __post_init__(self) -> None:
+        if self.length_max is not None and self.length_min > self.length_max:
+            raise RecipeError(
+                f"replay.length_min={self.length_min} is more than replay.length_max={self.length_max}; "
+                "raise the second or lower the first"
+            )
 
 
 class Recipe(Section, frozen=True, kw_only=True):
@@ -242,6 +333,8 @@ class Recipe(Section, frozen=True, kw_only=True):
     evaluation: EvalConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     node: NodeConfig = NodeConfig()
+    sinks: SinksConfig = SinksConfig()
+    replay: ReplayConfig = ReplayConfig()
 
     def __post_init__(self) -> None:
         if self.deterministic and self.max_staleness > 0:
@@ -308,7 +401,7 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise RecipeError(f"--set {assignment}: expected field=value, for example --set learner.lr=1e-4")
-        _assign(tree, path.strip(), _value(text), assignment)
+        _assign(tree, path.strip(), value_of(text), assignment)
     try:
         return msgspec.convert(tree, Recipe, strict=False)
     except msgspec.ValidationError as error:
@@ -376,7 +469,8 @@ def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> Non
     node[leaf] = value
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """What stands behind the = of ``--set``: JSON when it is JSON, else text."""
     try:
         return msgspec.json.decode(text.encode())
     except msgspec.DecodeError:

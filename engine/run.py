@@ -1,5 +1,5 @@
 """The command: ``python -m engine.run RECIPE.py [--set a.b=value]… [--resume] [--out DIR] [--check] [--show]
-[--json]``.
+[--simulate] [--simulate-from RUN_DIR] [--json]``.
 
 Exit codes:
     0    the run is complete (or the check found nothing wrong)
@@ -61,6 +61,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (runs/NAME-DATE-TIME)")
     parser.add_argument("--check", action="store_true", help="validate everything that can be, start nothing")
     parser.add_argument("--show", action="store_true", help="print actors, channels and the resolved recipe")
+    parser.add_argument(
+        "--simulate", action="store_true", help="predict throughput, waits and staleness; needs neither models nor GPUs"
+    )
+    parser.add_argument(
+        "--simulate-from", metavar="RUN_DIR", type=Path, help="the same, with costs and lengths of an earlier run"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
     return parser.parse_args(arguments)
 

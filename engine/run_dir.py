@@ -7,12 +7,14 @@ metrics.jsonl       one line per optimizer step
 evaluations.jsonl   held-out measurements
 node.json           process id, host and port of the running node
 summary.json        what the end of the run said
+report.{html,md}    the same for people (engine/report.py)
 checkpoints/step_NNNNNN/{student,trainer,state.json,manifest.json}
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -38,6 +40,7 @@ class RunDir:
         self.evaluations = path / "evaluations.jsonl"
         self.node = path / "node.json"
         self.summary = path / "summary.json"
+        self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
 
     @classmethod
@@ -92,6 +95,8 @@ class RunDir:
             aside.write_bytes(content)
             aside.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise RunDirError(f"cannot write {path}: {error.strerror}; make room, or mend its permissions") from error
 
     def _make(self) -> None:

@@ -43,8 +43,9 @@ class Schedule:
         self._next_ticket = next_ticket
         self._again = deque(again)
         self._held = 0
-        self._finished = False
-        self._changed = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._admission_changed = asyncio.Event()
+        self._training_changed = asyncio.Event()
 
     # State
 
@@ -68,11 +69,10 @@ class Schedule:
     async def wait_live(self, version: int) -> None:
         """Return when every generator holds ``version`` or a later one."""
         while self._flow.live < version:
-            await self._change()
+            await _next(self._admission_changed)
 
     async def wait_finished(self) -> None:
-        while not self._finished:
-            await self._change()
+        await self._finished.wait()
 
     # Generation side
 
@@ -81,7 +81,7 @@ class Schedule:
 
         Cancelling it leaves the occurrence and the slot where they were.
         """
-        while not self._finished:
+        while not self._finished.is_set():
             if not self._held and self._flow.num_admissible() > 0:
                 if self._again:
                     prompt = self._again.popleft()
@@ -98,7 +98,7 @@ class Schedule:
                     sample_index=prompt.sample_index,
                 )
                 return prompt
-            await self._change()
+            await _next(self._admission_changed)
         return None
 
     def hold_admission(self) -> None:
@@ -138,12 +138,15 @@ class Schedule:
         """It may be trained from now on."""
         self._ledger.scored(rollout.rollout_id)
         self._flow.ready(rollout.rollout_id, num_tokens=len(rollout.prompt.token_ids) + rollout.num_tokens)
-        self._notify()
+        self._training_changed.set()
+        # Deterministic runs: the next wave may be admitted when the fate of the last rollout is known.
+        if self._flow.num_admissible() > 0:
+            self._admission_changed.set()
 
     async def next_instruction(self) -> Train | FinishStep | Stop:
         """What the learner does next, as soon as there is something to do."""
         while True:
-            if self._finished:
+            if self._finished.is_set():
                 return Stop()
             instruction = self._flow.next_instruction()
             if isinstance(instruction, Stop):
@@ -152,7 +155,7 @@ class Schedule:
                 self.finish()
             if not isinstance(instruction, Wait):
                 return instruction
-            await self._change()
+            await _next(self._training_changed)
 
     def step_done(self) -> None:
         """The optimizer has stepped."""
@@ -176,7 +179,7 @@ class Schedule:
 
     def finish(self) -> None:
         """Nothing will be trained any more; everybody who waits is told."""
-        self._finished = True
+        self._finished.set()
         self._ledger.commit()
         self._notify()
 
@@ -187,10 +190,12 @@ class Schedule:
             self._ledger.failed(self._again.popleft().rollout_id, "the run was complete without it")
 
     def _notify(self) -> None:
-        self._changed.set()
+        self._admission_changed.set()
+        self._training_changed.set()
 
-    async def _change(self) -> None:
-        # One event for all waiters: each looks again at what it waits for. A run has a handful of waiters, and an
-        # event replaced on every change would allocate one per rollout.
-        self._changed.clear()
-        await self._changed.wait()
+
+async def _next(change: asyncio.Event) -> None:
+    """Wait for the next change. All waiters share an event and each looks again at what it waits for: one replaced on
+    every change would be allocated once per rollout."""
+    change.clear()
+    await change.wait()

@@ -17,7 +17,7 @@ import pytest
 from engine.graph import Graph
 from engine.ledger import Ledger
 from engine.load_recipe import load_recipe
-from engine.recipe import Recipe, with_overrides
+from engine.recipe import Recipe
 from engine.types import Prompt
 from recipes import smollm2
 from tests.support.documents import DOCUMENTS, ROOT, Block, Command, blocks, commands, links
@@ -129,7 +129,8 @@ def check_options(module: str, words: list[str]) -> None:
         if word.startswith("--"):
             assert word in known, f"python -m {module} has no {word}; it has {', '.join(sorted(known))}"
         if word == "--set" and following != "a.b=value":
-            with_overrides(smollm2.recipe(), [following])
+            named = next((Path(w) for w in words if w.startswith("recipes/")), Path(smollm2.__file__))
+            load_recipe(ROOT / named, [following])
         if word.startswith("recipes/"):
             assert (ROOT / word).is_file()
 

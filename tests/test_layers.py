@@ -29,15 +29,20 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.messages",
         "engine.streams",
         "engine.types",
+        "engine.virtual_time",
     ),
     (
         "engine.actor",
+        "engine.costs",
+        "engine.evaluations",
         "engine.flow",
         "engine.ledger",
+        "engine.metric_catalogue",
         "engine.metrics",
         "engine.recipe",
         "engine.run_dir",
         "engine.schedule",
+        "engine.step_log",
         "engine.tracing",
     ),
     (
@@ -56,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "teacher.places",
         "teacher.pool",
         "teacher.protocol",
+        "teacher.replay",
         "teacher.replica",
         "teacher.token",
         "teacher.waits",
@@ -74,14 +80,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.graph",
         "engine.http_port",
         "engine.load_recipe",
+        "engine.machine",
         "engine.model_folder",
         "engine.monitor.*",
         "engine.node",
         "engine.parts",
+        "engine.port_access",
+        "engine.simulate.*",
         "engine.supervisor",
     ),
     (
         "engine.command",
+        "engine.export",
         "engine.report",
         "engine.run",
         "engine.trace",
@@ -97,7 +107,9 @@ FIRST_FREE_FLOOR = 2
 # Imported in these files alone, and only inside functions: everything else runs on machines that do not have them.
 ADAPTERS = {
     "megatron": ("engine.training.megatron",),
+    "tensorboard": ("engine.monitor.sinks.tensorboard",),
     "vllm": ("engine.generation.vllm", "teacher.backend_vllm"),
+    "wandb": ("engine.monitor.sinks.wandb",),
 }
 # Packages that are entered through their ``__init__``: their names are imported from there and nowhere else. The names
 # of all other packages are imported from the modules that define them.
@@ -106,12 +118,14 @@ DOORS = frozenset({"ops"})
 OPEN_TO_TEACHER = frozenset(
     {
         "engine.clock",
+        "engine.costs",
         "engine.errors",
         "engine.metrics",
         "engine.precision",
         "engine.recipe",
         "engine.tracing",
         "engine.training.packing",
+        "engine.training.tree_attention",
         "engine.transport.handoff",
         "engine.types",
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.actor import Worker
+from engine.actor import Caller
 from engine.checkpoint import CheckpointState, CheckpointStore
 from engine.ledger import Ledger
 from engine.tracing import span
@@ -24,7 +24,7 @@ class Checkpointer:
         store: CheckpointStore,
         ledger: Ledger,
         trainer: Trainer,
-        worker: Worker,
+        worker: Caller,
         make_state: Callable[[int, str], CheckpointState],
     ) -> None:
         self._store = store

@@ -4,7 +4,6 @@ the teacher's. Called by the learner between two steps; the same prompts and ran
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 from engine.actors.scoring import score_rollout
 from engine.clock import Clock
 from engine.errors import GeneratorDied, RecipeError
+from engine.evaluations import Answer, Evaluation, append_evaluation
 from engine.generation.protocol import Aborted, Generation, GenerationRequest, Generator
 from engine.tracing import log, span
 from engine.training.protocol import EvalResult
@@ -24,37 +24,9 @@ from teacher.protocol import Scores, Teacher
 Measure = Callable[[Sequence[ScoredRollout[Scores]]], Awaitable[list[EvalResult]]]
 """Held-out answers under the learner's present weights."""
 
-
 _RETRY_S = 1.0
 _GROUP = 8
 """Answers that are measured together: enough for an efficient pass, few enough that teacher and learner overlap."""
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    prompt: str
-    answer: str
-    kl: float
-    """Mean forward KL over the answer's tokens, nats per token."""
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of ``evaluations.jsonl``. All divergences in nats per token, means over all tokens."""
-
-    version: int
-    num_prompts: int
-    num_tokens: int
-    kl: float
-    """Forward KL(teacher ‖ student) on the student's own answers."""
-    reference_kl: float | None = None
-    """The same on the reference answers (the teacher's own greedy ones, say)."""
-    reference_nll: float | None = None
-    """−log-probability of the reference answers under the student."""
-    score: float | None = None
-    """Mean of the recipe's scorer over the student's answers."""
-    answers: tuple[Answer, ...] = ()
-    """Greedy ones, to the first few prompts."""
-    references: tuple[str, ...] = ()
-    """Of the same prompts as ``answers``, when the file has them."""
 
 
 class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
@@ -280,27 +252,3 @@ def _number(value: object) -> float:
 
 def _mean(total: float, count: int) -> float | None:
     return total / count if count else None
-
-
-def append_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Add one line; a line that a killed process left unfinished is ended first."""
-    with path.open("ab+") as file:
-        is_torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            is_torn = file.read(1) != b"\n"
-        file.write((b"\n" if is_torn else b"") + msgspec.json.encode(evaluation) + b"\n")
-
-
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """All evaluations of a run, oldest first. Lines that a killed process left unfinished are left out."""
-    if not path.exists():
-        return []
-    evaluations = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            evaluations.append(msgspec.json.decode(line, type=Evaluation))
-        except msgspec.DecodeError:
-            if line:
-                log.warning("eval.line_torn", path=str(path))
-    return evaluations

@@ -10,19 +10,21 @@ from typing import Any
 
 import msgspec
 
-from engine.actor import Actor, Worker
+from engine.actor import Actor, Caller
 from engine.actors.in_flight import first_of
 from engine.errors import NonFiniteError
 from engine.flow import FinishStep, Stop, Train
 from engine.schedule import Schedule
 from engine.tracing import log, span
-from engine.training.protocol import MicroBatchReport, Trainer
+from engine.training.protocol import MicroBatchReport, TokenLosses, Trainer
 from engine.transport.channel import Receiver, Sender
 from engine.types import Rollout, ScoredRollout
 from teacher.protocol import Scores
 
 Evaluate = Callable[[int], Coroutine[Any, Any, None]]
 Checkpoint = Callable[[int], Awaitable[None]]
+DescribeAnswer = Callable[[ScoredRollout[Scores], TokenLosses, int, int], dict[str, object]]
+"""Fields of ``answer.trained`` for an answer, what its tokens cost, the step that trained on it, and its age then."""
 
 
 class Learner(Actor):
@@ -45,6 +47,7 @@ class Learner(Actor):
             the end.
         hold_for_evaluation: admit nothing while measuring (deterministic runs).
         folder: where the rollouts of a step that went wrong are saved.
+        describe_answer: tells people of one answer per step; called on the worker. None: they are told nothing.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class Learner(Actor):
         scored: Receiver[ScoredRollout[Scores]],
         versions: Sender[int],
         trainer: Trainer,
-        worker: Worker,
+        worker: Caller,
         load: Callable[[], None],
         schedule: Schedule,
         weights_lock: asyncio.Lock,
@@ -66,6 +69,7 @@ class Learner(Actor):
         last_step: int,
         hold_for_evaluation: bool,
         folder: Path,
+        describe_answer: DescribeAnswer | None = None,
     ) -> None:
         super().__init__(name)
         self._scored = scored
@@ -83,11 +87,14 @@ class Learner(Actor):
         self._last_step = last_step
         self._hold = hold_for_evaluation
         self._folder = folder
+        self._describe_answer = describe_answer
         self._pool: dict[int, ScoredRollout[Scores]] = {}
         """Scored and not yet accepted into a step."""
         self._step_rollouts: list[tuple[Rollout, float]] = []
         """Of the step being built, with their losses: what is saved when it goes wrong."""
         self._step_ages: list[int] = []
+        self._shown: tuple[ScoredRollout[Scores], TokenLosses, int] | None = None
+        """The answer of the step being built that people are told of, and its age."""
 
     async def run(self) -> None:
         intake = asyncio.get_running_loop().create_task(self._take_in())
@@ -153,6 +160,9 @@ class Learner(Actor):
             (scored.rollout, loss) for scored, loss in zip(micro_batch, report.rollout_losses, strict=True)
         ]
         self._step_ages += instruction.ages
+        if report.token_losses is not None and self._shown is None:
+            index = report.token_losses.index
+            self._shown = (micro_batch[index], report.token_losses, instruction.ages[index])
 
     async def _finish_step(self) -> None:
         version = self._schedule.version
@@ -184,6 +194,16 @@ class Learner(Actor):
         self._schedule.step_done()
         await self._versions.send(version + 1)
         self._step_rollouts, self._step_ages = [], []
+        await self._tell_answer(version + 1)
+
+    async def _tell_answer(self, step: int) -> None:
+        shown, self._shown = self._shown, None
+        if shown is None or self._describe_answer is None:
+            return
+        scored, losses, age = shown
+        # Finding the text of 512 tokens takes milliseconds, in which the loop has better things to do.
+        fields = await self._worker.call(self._describe_answer, scored, losses, step, age)
+        log.info("answer.trained", **fields)
 
     def _is_checkpoint_due(self) -> bool:
         version, every = self._schedule.version, self._checkpoint_every

@@ -27,5 +27,5 @@ def request_id(rollout: Rollout, top_k: int) -> str:
     sampled again after a crash asks about another answer."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(np.asarray((top_k, len(rollout.prompt.token_ids)), dtype="<i8").tobytes())
-    digest.update(np.asarray(rollout.prompt.token_ids + rollout.response_ids, dtype="<i8").tobytes())
+    digest.update(np.asarray(rollout.prompt.token_ids + rollout.response_ids, dtype="<i4").tobytes())
     return f"{rollout.rollout_id}-{digest.hexdigest()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from engine.actor import Actor, Worker
+from engine.actor import Actor, Caller
 from engine.errors import GeneratorDied
 from engine.generation.protocol import Generator
 from engine.recipe import WeightsConfig
@@ -32,7 +32,7 @@ class WeightPush:
         schedule: Schedule,
         config: WeightsConfig,
         weights_lock: asyncio.Lock,
-        worker: Worker,
+        worker: Caller,
     ) -> None:
         self._worker = worker
         self._generator = generator
@@ -68,7 +68,7 @@ class WeightSyncer(Actor):
         versions: Receiver[int],
         schedule: Schedule,
         push: Callable[[], Awaitable[None]],
-        worker: Worker,
+        worker: Caller,
     ) -> None:
         super().__init__(name)
         self._versions = versions

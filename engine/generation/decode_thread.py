@@ -65,6 +65,7 @@ class Counts(NamedTuple):
     decode_steps_total: int = 0
     prefill_tokens_total: int = 0
     busy_s: float = 0.0
+    paused_s: float = 0.0
 
 
 class Loaded(NamedTuple):
@@ -122,6 +123,7 @@ class DecodeThread(threading.Thread):
         self._switch: Switch | None = None
         self._is_stopping = False
         self._busy_s = 0.0
+        self._paused_s = 0.0
 
     def run(self) -> None:
         error: BaseException | None = None
@@ -158,6 +160,7 @@ class DecodeThread(threading.Thread):
                 decode_steps_total=decoder.decode_steps_total,
                 prefill_tokens_total=decoder.prefill_tokens_total,
                 busy_s=self._busy_s,
+                paused_s=self._paused_s,
             )
             if ended:
                 self._post(self._listener.on_ended, ended)
@@ -188,7 +191,9 @@ class DecodeThread(threading.Thread):
                     self._is_stopping = True
 
     def _exchange(self, switch: Switch, decoder: Decoder, staging: StagingArea) -> None:
+        began = time.perf_counter()
         staging.exchange(switch.staged)
+        self._paused_s += time.perf_counter() - began
         decoder.become(switch.version, recompute=switch.config.kv_cache == "recompute")
         self._post(self._listener.on_switched, switch.version)
 

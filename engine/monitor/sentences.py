@@ -90,6 +90,12 @@ def _run_finished(event: Event) -> str:
     return f"{end} after step {event['step']}, {event['wall_s']:.1f} s"
 
 
+def _node_listening(event: Event) -> str:
+    host = f"[{event['host']}]" if ":" in event["host"] else event["host"]
+    how = "?token=… with the token of node.token_file" if event.get("has_token") else ""
+    return f"status page on http://{host}:{event['port']}/{how}"
+
+
 def _replica_changed(event: Event) -> str:
     reason = f" ({event['reason']})" if event.get("reason") else ""
     return f"teacher {event['replica']} is {REPLICA_WORDS.get(event['state'], event['state'])}{reason}"
@@ -111,7 +117,7 @@ _SENTENCES: Mapping[str, Callable[[Event], str | None]] = {
     "run.grace_ended": lambda e: f"step {e['step']} was not ready in time and is left out",
     "run.finished": _run_finished,
     "run.failed": lambda e: f"the run failed at step {e['step']}: {e['failed_actor']}: {e['cause']}",
-    "node.listening": lambda e: f"status on http://{e['host']}:{e['port']}/status",
+    "node.listening": _node_listening,
     "eval.run": _eval_run,
     "checkpoint.save": _checkpoint_save,
     "checkpoint.saved": lambda e: f"checkpoint of step {e['step']} in {e['path']} ({size(e['num_bytes'])})",
@@ -122,6 +128,9 @@ _SENTENCES: Mapping[str, Callable[[Event], str | None]] = {
     "rollout.requeued": lambda e: f"rollout {e['rollout_id']} is sampled again: {e['reason']}",
     "actor.failed": _actor_failed,
     "actor.restarted": lambda e: f"{e['actor']} runs again (restart {e['restarts']})",
+    "sink.opened": lambda e: f"{e['sink']} is told of this run: {e['where']}",
+    "sink.dropped": lambda e: f"{e['sink']} is behind: {e['num_dropped']} points were left out",
+    "sink.failed": lambda e: f"{e['sink']} is switched off: {e['error']}; the run goes on",
     "learner.step_skipped": lambda e: f"step {e['step']}: gradient not finite, weights unchanged; see {e['rollouts']}",
     "log.message": lambda e: f"{e['logger']}: {e['message']}" if e["level"] in ("warning", "error") else None,
 }

@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from engine.actors.evaluator import Evaluation, read_evaluations
+from engine.evaluations import Evaluation, read_evaluations
 from engine.ledger import Ledger
 from engine.monitor.picture import STYLE_LABEL, STYLE_LOUD, STYLE_QUIET, UNICODE, bar, clock
 from engine.monitor.sentences import number, printable
@@ -107,6 +107,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Folder that transformers loads."""
     load: str | None = None
     """The line of Python that does."""
+    report: str | None = None
+    """The page that says all of this at length (``python -m engine.report``); Markdown lies beside it."""
 
 
 class HasLedger(Protocol):
@@ -231,6 +233,9 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(Text("\nload the student with transformers", style=STYLE_LABEL))
         # Soft: a terminal may fold it, but no newline gets into what is there to be copied.
         console.print(Text(f"  {summary.load}", style=STYLE_LOUD), soft_wrap=True)
+    if summary.report is not None:
+        console.print(Text("\nreport", style=STYLE_LABEL))
+        console.print(Text(f"  {summary.report}", style=STYLE_LOUD), soft_wrap=True)
 
 
 def _headline(summary: Summary) -> Text:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from engine.monitor.curve import Curve
 from engine.monitor.intervals import BusyTime
 from engine.monitor.readings import Rate, Total
 from engine.monitor.sentences import sentence
@@ -21,6 +22,7 @@ WINDOW_S = 30.0
 
 _MAX_LOSSES = 4096
 _MAX_NOTICES = 50
+_MAX_TRAINED_ANSWERS = 5
 
 STANDARD_GRAPH = (
     ("prompt_feeder", None, "prompts"),
@@ -77,6 +79,29 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     answer: str
     kl: float
+
+
+class TrainedAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer that a step was trained on, token by token (``answer.trained``)."""
+
+    step: int
+    rollout_id: int
+    prompt: str
+    pieces: tuple[str, ...]
+    """[n] text of each token, of the first n; together the answer."""
+    divergences: tuple[float | None, ...]
+    """[n] the objective, nats; None where it was not finite."""
+    student_logprobs: tuple[float | None, ...]
+    """[n] nats, under the student that was trained."""
+    teacher_logprobs: tuple[float | None, ...]
+    """[n] nats."""
+    versions: tuple[tuple[int, int, int], ...]
+    """Tokens [start, end) were sampled by this version: (version, start, end)."""
+    age: int
+    """Versions, when it was trained on."""
+    num_tokens: int
+    """Of the whole answer."""
+    finish_reason: str
 
 
 class Faults(msgspec.Struct, kw_only=True):
@@ -142,18 +167,29 @@ class RunView:
         """Epoch seconds of the last line."""
         self.step = 0
         self.live_version = 0
+        self.sampler_version = 0
+        """Of the generator, when it was last heard of."""
         self.losses: deque[float | None] = deque(maxlen=_MAX_LOSSES)
         """Of the steps so far, nats per token; None where it was not finite."""
+        self.loss_curve = Curve()
+        """The same for a run of any length, over the step."""
+        self.trained_curve = Curve()
+        """Trained tokens per second over the step."""
+        self.sampled_curve = Curve()
         self.step_interval_s: float | None = None
         """Between the last two steps."""
         self.evaluations: list[Held] = []
         self.answers: dict[str, Shown] = {}
         """The latest answer to each held-out prompt that is shown."""
+        self.trained_answers: deque[TrainedAnswer] = deque(maxlen=_MAX_TRAINED_ANSWERS)
+        """One of each of the last steps, for trainers that tell."""
         self.ages: Counter[int] = Counter()
         self.totals: Counter[str] = Counter()
         """Rollouts that were dispatched, sampled, scored, trained."""
         self.in_flight: dict[int, str] = {}
         """State of each rollout between dispatch and training: sampling, at teacher, scored, in step."""
+        self.begun_under: dict[int, int] = {}
+        """Version at the first token of each rollout in flight that has been sampled."""
         self.trained_tokens = Rate(window_s=2 * WINDOW_S)
         self.sampled_tokens = Rate(window_s=2 * WINDOW_S)
         self.decoded_tokens = Total(window_s=WINDOW_S)
@@ -161,6 +197,8 @@ class RunView:
         self.slots: tuple[int, int, int] | None = None
         """Sequences running, sequences waiting, slots."""
         self.replicas: dict[str, str] = {}
+        self.replica_notes: dict[str, tuple[float, str]] = {}
+        """Since when each is in its state (epoch seconds), and why."""
         self.checkpoint: tuple[int, str] | None = None
         """Step and path of the newest."""
         self.evaluation_s = 0.0
@@ -287,6 +325,7 @@ class RunView:
         self.started_at = self.started_at if self.started_at is not None else self.now
         # A process that was killed took these along.
         self.in_flight.clear()
+        self.begun_under.clear()
         self._step_times.clear()
         self.ended, self.parked_since, self.is_draining, self.is_measuring = None, None, False, False
 
@@ -324,6 +363,8 @@ class RunView:
         self.totals["sampled"] += 1
         self.sampled_tokens.add(self.now, event["num_tokens"])
         self.in_flight[event["rollout_id"]] = "at teacher"
+        if "version_first" in event:
+            self.begun_under[event["rollout_id"]] = event["version_first"]
 
     def _on_scored(self, event: Event) -> None:
         if event["outcome"] == "ok":
@@ -332,10 +373,12 @@ class RunView:
 
     def _on_rollout_failed(self, event: Event) -> None:
         self.in_flight.pop(event["rollout_id"], None)
+        self.begun_under.pop(event["rollout_id"], None)
         self.faults.rollouts_failed += 1
 
     def _on_rollout_requeued(self, event: Event) -> None:
         self.in_flight[event["rollout_id"]] = "sampling"
+        self.begun_under.pop(event["rollout_id"], None)
         self.faults.rollouts_requeued += 1
 
     def _on_micro_batch(self, event: Event) -> None:
@@ -351,18 +394,26 @@ class RunView:
         self.step = event["step"]
         loss = event["loss"]
         self.losses.append(loss if loss is not None and loss == loss else None)
+        self.loss_curve.add(self.step, self.losses[-1])
         self.ages.update(event.get("ages", ()))
         self.totals["trained"] += event["num_rollouts"]
         for rollout_id in event.get("rollout_ids", ()):
             self.in_flight.pop(rollout_id, None)
+            self.begun_under.pop(rollout_id, None)
         self.step_interval_s = self.now - self._step_times[-1] if self._step_times else None
         self._step_times.append(self.now)
+        trained, sampled = self.tokens_per_s()
+        self.trained_curve.add(self.step, trained)
+        self.sampled_curve.add(self.step, sampled)
+
+    def _on_trained_answer(self, event: Event) -> None:
+        self.trained_answers.append(msgspec.convert({**event}, TrainedAnswer))
 
     def _on_skipped(self, event: Event) -> None:
         self.faults.steps_skipped += 1
 
     def _on_live(self, event: Event) -> None:
-        self.live_version = event["version"]
+        self.live_version = self.sampler_version = event["version"]
 
     def _on_eval_started(self, event: Event) -> None:
         self.is_measuring = True
@@ -386,6 +437,8 @@ class RunView:
     def _on_replica(self, event: Event) -> None:
         before = self.replicas.get(event["replica"])
         self.replicas[event["replica"]] = event["state"]
+        if event["state"] != before:
+            self.replica_notes[event["replica"]] = (self.now, str(event.get("reason") or ""))
         if event["state"] == "open" and before != "open":
             self.faults.teacher_outages += 1
 
@@ -407,6 +460,7 @@ class RunView:
 
     def _on_generator(self, event: Event) -> None:
         self.slots = (event["running"], event["waiting"], event["num_slots"])
+        self.sampler_version = event["version"]
         self.decoded_tokens.read(self.now, event["tokens_total"])
         self.generator_busy.read(self.now, event["busy_s"])
 
@@ -438,6 +492,7 @@ _HANDLERS: dict[str, Callable[[RunView, Any], None]] = {
     "learner.micro_batch": RunView._on_micro_batch,
     "learner.step": RunView._on_step,
     "learner.step_skipped": RunView._on_skipped,
+    "answer.trained": RunView._on_trained_answer,
     "weights.live": RunView._on_live,
     "eval.started": RunView._on_eval_started,
     "eval.run": RunView._on_eval,

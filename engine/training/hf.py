@@ -26,7 +26,7 @@ from engine.training.batch import StudentBatch
 from engine.training.export import Named, buckets, named_tensors
 from engine.training.model import Student, load_student
 from engine.training.optimizer import StepOptimizer
-from engine.training.protocol import EvalResult, MicroBatchReport
+from engine.training.protocol import EvalResult, MicroBatchReport, TokenLosses
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
 from engine.transport.handoff import Ticket, Uploader, consume, record, use_own_stream
@@ -84,6 +84,9 @@ class HFTrainer:
             )
         losses = [0.0] * len(micro_batch)
         num_computed = 0
+        # One answer per step is told token by token, another each time.
+        shown = self.version % len(micro_batch) if self._step.num_micro_batches == 0 else None
+        token_losses = None
         for number, (group, batch) in enumerate(self._batches(micro_batch)):
             with self._randomness("train", self._step.num_micro_batches, number):
                 out = self._forward_backward(batch)
@@ -91,6 +94,8 @@ class HFTrainer:
             self._step.add(out)
             for i, values in zip(group, _by_rollout(out.values, batch), strict=True):
                 losses[i] = float(values.sum())
+            if shown in group:
+                token_losses = _token_losses(out, batch, place=group.index(shown), index=shown)
         num_tokens = sum(item.rollout.num_tokens for item in micro_batch)
         loss_sum = math.fsum(losses)
         self._step.num_micro_batches += 1
@@ -105,6 +110,7 @@ class HFTrainer:
             rollout_losses=tuple(
                 loss / item.rollout.num_tokens for loss, item in zip(losses, micro_batch, strict=True)
             ),
+            token_losses=token_losses,
         )
 
     def finish_step(self) -> StepReport:
@@ -277,6 +283,17 @@ class HFTrainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(stream_key(purpose, self._seed, self.version, *parts))
             yield
+
+
+def _token_losses(out: Divergence, batch: StudentBatch, *, place: int, index: int) -> TokenLosses:
+    """Of the rollout at ``place`` in ``batch``."""
+    start = sum(batch.lengths[:place])
+    rows = slice(start, start + batch.lengths[place])
+    return TokenLosses(
+        index=index,
+        divergences=tuple(out.values[rows].tolist()),
+        logprobs=tuple(out.metrics["student_logprob"][rows].tolist()),
+    )
 
 
 def _by_rollout(column_T: Tensor, batch: StudentBatch) -> list[Tensor]:

@@ -16,6 +16,17 @@ from engine.types import ScoredRollout, StepReport
 from teacher.protocol import Scores
 
 
+class TokenLosses(msgspec.Struct, frozen=True, kw_only=True):
+    """One rollout of a micro-batch, token by token, for people to look at."""
+
+    index: int
+    """Place of the rollout in the micro-batch."""
+    divergences: tuple[float, ...]
+    """[T] the objective at each response token, nats."""
+    logprobs: tuple[float, ...]
+    """[T] nats: each response token under the student that is trained."""
+
+
 class MicroBatchReport(msgspec.Struct, frozen=True, kw_only=True):
     num_rollouts: int
     num_tokens: int
@@ -26,6 +37,8 @@ class MicroBatchReport(msgspec.Struct, frozen=True, kw_only=True):
     """Sum of the objective over response tokens, nats."""
     rollout_losses: tuple[float, ...]
     """Mean objective of each rollout, in the order given, nats per token."""
+    token_losses: TokenLosses | None = None
+    """Of one rollout, in the first micro-batch of a step; None in the others, and from trainers that do not tell."""
 
 
 class EvalResult(msgspec.Struct, frozen=True, kw_only=True):

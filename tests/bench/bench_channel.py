@@ -1,16 +1,14 @@
-"""What one hop through a channel costs, beside the least that asyncio could do: a bare deque and events.
+"""What one hop through a channel costs, beside the least that asyncio could do, asyncio.Queue and anyio's streams.
 
-    python -m tests.bench.bench_channel [--repeats N] [--items N]
+    python -m tests.bench.bench_channel [--quick] [--repeats N] [--items N]
 
 Three loads, each on a fresh uvloop: *burst* (one task sends 64 items and then receives them, nobody waits), *stream* (a
 producer and a consumer with room for 64 items between them), *round trip* (two tasks and two channels for one item;
-every receive waits). The rivals take turns, and a ratio is the median over the turns of ours divided by the bare one
-of the same
-turn: CPU time of the process, so that neighbours on the machine matter little. Exits with 1 when a ratio is above the
-    limit.
+every receive waits). The contenders take turns, and a ratio is the median over the turns of two costs of the same turn:
+CPU time of the process, so that neighbours on the machine matter little.
 
-The bare rivals are as poor as they can be: in *burst* no bound at all, elsewhere a bound and nothing else; no
-fairness, no closing, no safety under cancellation, no statistics.
+The least is a bare deque and events: in *burst* no bound at all, elsewhere a bound and nothing else; no fairness, no
+closing, no safety under cancellation, no statistics.
 """
 
 from __future__ import annotations
@@ -28,9 +26,12 @@ from typing import NamedTuple, Protocol
 import uvloop
 
 from engine.transport.channel import Receiver, Sender, open_channel
+from tests.bench.report import OURS, Report, Row, Target, add_options, finish
 
 LIMIT = 2.0
+"""What fairness, closing, cancellation and statistics may cost."""
 BURST = 64
+ANYIO = "anyio stream"
 
 
 class Pipe(Protocol):
@@ -173,7 +174,7 @@ LOADS = (
 
 def rivals() -> dict[str, Callable[[int], Pipe]]:
     found: dict[str, Callable[[int], Pipe]] = {
-        "ours": ours,
+        OURS: ours,
         "ours, weighing": ours_weighing,
         "asyncio.Queue": asyncio_queue,
     }
@@ -181,7 +182,7 @@ def rivals() -> dict[str, Callable[[int], Pipe]]:
         import anyio  # noqa: F401 (only whether it is there)
     except ModuleNotFoundError:
         return found
-    return found | {"anyio": anyio_stream}
+    return found | {ANYIO: anyio_stream}
 
 
 class Cost(NamedTuple):
@@ -225,20 +226,50 @@ def _cpu_us(load: Load, make: Callable[[int], Pipe], num_items: int) -> float:
         return runner.run(timed())
 
 
+def rows_of(load: Load, costs: dict[str, Cost]) -> list[Row]:
+    ours = costs[OURS].ratio
+    return [
+        Row(
+            load=load.name,
+            contender="deque + event" if name == "bare" else name,
+            value=cost.hop_us,
+            unit="CPU µs/hop",
+            ratio=None if name == OURS else cost.ratio / ours,
+        )
+        for name, cost in costs.items()
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--items", type=int, default=100_000)
+    add_options(parser)
     options = parser.parse_args()
-    is_within = True
-    lines = [f"{'load':<12}{'rival':<18}{'us per hop':>12}{'x bare':>9}"]
+    repeats, num_items = (3, 20_000) if options.quick else (options.repeats, options.items)
+    rows: list[Row] = []
+    targets: list[Target] = []
     for load in LOADS:
-        for name, cost in measure(load, rivals(), num_items=options.items, repeats=options.repeats).items():
-            lines.append(f"{load.name:<12}{name:<18}{cost.hop_us:>12.3f}{cost.ratio:>9.2f}")
-            is_within &= not name.startswith("ours") or cost.ratio <= LIMIT
-    lines.append(f"limit for ours: {LIMIT:.1f} x bare: {'held' if is_within else 'EXCEEDED'}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0 if is_within else 1
+        costs = measure(load, rivals(), num_items=num_items, repeats=repeats)
+        rows += rows_of(load, costs)
+        targets += [
+            Target(
+                what=f"{load.name}, {name}, times the bare deque + event",
+                found=cost.ratio,
+                bound=LIMIT,
+                at_most=True,
+            )
+            for name, cost in costs.items()
+            if name.startswith(OURS)
+        ]
+    is_complete = any(row.contender == ANYIO for row in rows)
+    report = Report(
+        bench="channel hop",
+        rows=tuple(rows),
+        targets=tuple(targets),
+        failures=() if is_complete else ("anyio is not installed; the extra `bench` has it",),
+    )
+    return finish(report, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from torch import Tensor
 
 from recipes.demo import ENVIRONMENT
 from recipes.smollm2_models import FIRST_HELD_OUT_ROW
+from tests.bench.report import OURS, Report, Row, Target, add_options, finish, progress
 
+SERIAL = "serial"
 MODELS = Path("models/smollm2")
 NEW_TOKENS = 48
 END = 2
@@ -147,31 +149,53 @@ def _one_side(side: str, serial_steps: int) -> Result:
     torch.set_num_threads(os.cpu_count() or 1)
     rows = [json.loads(line)["prompt"] for line in Path("recipes/data/prompts.jsonl").read_text().splitlines()]
     train, held_out = rows[:FIRST_HELD_OUT_ROW], rows[FIRST_HELD_OUT_ROW:]
-    return ours(held_out) if side == "ours" else serial(train, held_out, serial_steps)
+    return ours(held_out) if side == OURS else serial(train, held_out, serial_steps)
+
+
+def rows_of(side: str, result: Result) -> list[Row]:
+    load = f"{result.steps} steps"
+    return [
+        Row(load=load, contender=side, value=result.seconds, unit="s"),
+        Row(load=load, contender=side, value=result.before, unit="nats/token before"),
+        Row(load=load, contender=side, value=result.after, unit="nats/token after"),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serial-steps", type=int, default=30)
-    parser.add_argument("--side", choices=["ours", "serial"], help="measure one side and print it as JSON")
+    parser.add_argument("--side", choices=[OURS, SERIAL], help="measure one side and print it as JSON")
+    add_options(parser)
     options = parser.parse_args()
     if options.side is not None:
         sys.stdout.write(msgspec.json.encode(_one_side(options.side, options.serial_steps)).decode())
         return 0
+    if not (MODELS / "student" / "config.json").is_file():
+        failure = f"no models in {MODELS}; make them with: make models"
+        return finish(Report(bench="main job", rows=(), failures=(failure,)), as_json=options.json)
     results = {}
-    for side in ("ours", "serial"):
+    for side in (OURS, SERIAL):
         # Each in a process of its own, with the same allocator settings.
         command = [sys.executable, "-m", __spec__.name, "--side", side, "--serial-steps", str(options.serial_steps)]
         environment = {**os.environ, **ENVIRONMENT}
         done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         result = results[side] = msgspec.json.decode(done.stdout, type=Result)
-        sys.stdout.write(
+        progress(
             f"{side:7} {result.steps:3} steps  {result.seconds:5.0f} s  held-out KL {result.before:.3f} -> "
-            f"{result.after:.3f} nats/token (x {result.after / result.before:.2f})\n"
+            f"{result.after:.3f} nats/token (x {result.after / result.before:.2f})"
         )
-        sys.stdout.flush()
-    is_halved = results["ours"].after <= results["ours"].before / 2
-    return 0 if is_halved and results["ours"].seconds < results["serial"].seconds else 1
+    ours, serial = results[OURS], results[SERIAL]
+    report = Report(
+        bench="main job",
+        rows=(*rows_of(OURS, ours), *rows_of(SERIAL, serial)),
+        targets=(
+            Target(
+                what="held-out KL, share left", found=ours.after / ours.before, bound=0.5, at_most=True, unit="of it"
+            ),
+            Target(what="seconds of the serial script", found=serial.seconds / ours.seconds, bound=1.0),
+        ),
+    )
+    return finish(report, as_json=options.json)
 
 
 if __name__ == "__main__":

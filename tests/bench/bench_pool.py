@@ -1,8 +1,8 @@
 """What the pool adds to one score, beside a replica that answers at once.
 
-    python -m tests.bench.bench_pool [--repeats N] [--scores N]
+    python -m tests.bench.bench_pool [--quick] [--repeats N] [--scores N]
 
-CPU time of the process on a fresh uvloop, best of the repeats. Exits with 1 when the pool adds more than the limit.
+CPU time of the process on a fresh uvloop, best of the repeats.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.clock import SystemClock
 from engine.recipe import HttpTeacher
 from teacher.pool import ReplicaPool
 from teacher.protocol import Scores, Teacher, TeacherInfo
+from tests.bench.report import OURS, Report, Row, Target, add_options, finish
 from tests.support.replicas import INFO, scores_for
 
 LIMIT_US = 20.0
@@ -62,24 +63,29 @@ async def seconds(teacher: Teacher, num_scores: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What the replica pool adds to one score.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--scores", type=int, default=20_000)
+    add_options(parser)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
-    worst = 0.0
+    rows = []
     for num_replicas, hedge_after_s in ((1, None), (4, None), (4, 1.0)):
         added_us = uvloop.run(
             measure(
                 num_replicas=num_replicas,
                 hedge_after_s=hedge_after_s,
-                repeats=options.repeats,
+                repeats=3 if options.quick else options.repeats,
                 num_scores=options.scores,
             )
         )
-        worst = max(worst, added_us)
-        sys.stdout.write(f"replicas {num_replicas}, hedge after {hedge_after_s} s: {added_us:.1f} µs per score\n")
-    return int(worst > LIMIT_US)
+        hedging = "no hedging" if hedge_after_s is None else f"hedging after {hedge_after_s:g} s"
+        load = f"{num_replicas} replica{'s' if num_replicas > 1 else ''}, {hedging}"
+        rows.append(Row(load=load, contender=OURS, value=added_us, unit="CPU µs/score"))
+    worst = Target(
+        what="the pool adds", found=max(row.value for row in rows), bound=LIMIT_US, at_most=True, unit="µs/score"
+    )
+    return finish(Report(bench="replica pool", rows=tuple(rows), targets=(worst,)), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What it costs to bring the teacher's scores to the learner: bytes and CPU, and requests through the real service.
 
-    python -m tests.bench.bench_teacher_wire [--turns N] [--tokens T] [--top-k K]
+    python -m tests.bench.bench_teacher_wire [--quick] [--turns N] [--tokens T] [--top-k K]
 
-*codec*: one answer of T tokens packed and unpacked, in CPU time of the process; the rivals take turns. JSON is what
-log-probability APIs send (per token a map of ids to numbers), made and read by msgspec, the fastest JSON at hand; plain
-is float32 and int32 arrays in one buffer, the least that an unpacked format could do. *service*: whole requests through
-client, HTTP server and queue in one process, with a back end that has its answers ready: a small one at a time, and 64
-long ones together.
+*packing*: one answer of T tokens packed and unpacked in one process, in CPU time. Plain is float32 and int32 arrays in
+one buffer, the least that an unpacked format could do. *service*: client and service in a process each, the answers
+ready, so what is left is client, wire and server. *small* requests (48 tokens) go one after the other; of *long* ones
+(T tokens) 16 are asked for together: of ours and the JSON service at the same time, of ZMQ's in one message, as verl
+does. MB/s are those of the plain arrays that arrive, whatever they travelled as.
 
-Exits with 1 when an answer takes more than 65 % of the plain bytes.
+JSON is made and read by msgspec, the fastest at hand. All send rows for the response only (verl's teacher sends the
+prompt's as well).
 """
 
 from __future__ import annotations
@@ -16,42 +17,43 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import NamedTuple
 
+import aiohttp
 import msgspec
 import numpy as np
-import structlog
+import torch
 import uvloop
 
 from teacher import wire
-from teacher.batcher import Batcher
 from teacher.client import TeacherClient
-from teacher.protocol import ScoreRequest, Scores, TeacherInfo
-from teacher.server import TeacherServer
+from teacher.protocol import Scores
+from tests.bench.report import OURS, Report, Row, Target, add_options, fair_environment, finish
+from tests.bench.wire_servers import VOCAB, as_json, from_json, loaded, make_scores, saved
 
 BYTES_LIMIT = 0.65
-VOCABULARIES = (49_152, 151_936)
+"""Of the plain arrays."""
+
+SMALL_TOKENS = 48
+NUM_SMALL, NUM_LONG = 100, 16
+ZMQ, JSON, PLAIN = "torch.save, ZMQ", "JSON, HTTP", "plain arrays"
 
 
-def make_scores(num_tokens: int, top_k: int, vocab_size: int) -> Scores:
-    rng = np.random.default_rng(0)
-    logprobs = -np.sort(rng.exponential(4.0, (num_tokens, top_k)).astype(np.float32), axis=1)
-    return Scores(
-        top_ids=rng.integers(0, vocab_size, (num_tokens, top_k), np.int32),
-        top_logprobs=logprobs,
-        sampled_logprobs=logprobs[:, 0].copy(),
-    )
+# Packing, in one process.
 
 
-def through_frame(scores: Scores, vocab_size: int) -> int:
-    frame = wire.encode_answer(scores, values="float16", vocab_size=vocab_size)
+def through_frame(scores: Scores) -> int:
+    frame = wire.encode_answer(scores, values="float16", vocab_size=VOCAB)
     wire.decode_answer(frame)
     return len(frame)
 
 
-def through_plain(scores: Scores, _: int) -> int:
+def through_plain(scores: Scores) -> int:
     parts = (scores.top_ids, scores.top_logprobs, scores.sampled_logprobs)
     buffer = b"".join(part.tobytes() for part in parts)
     np.frombuffer(buffer, np.int32, parts[0].size).reshape(parts[0].shape).copy()
@@ -59,98 +61,204 @@ def through_plain(scores: Scores, _: int) -> int:
     return len(buffer)
 
 
-def through_json(scores: Scores, _: int) -> int:
-    rows = [
-        dict(zip(map(str, ids), logprobs, strict=True))
-        for ids, logprobs in zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
-    ]
-    text = msgspec.json.encode({"top": rows, "sampled": scores.sampled_logprobs.tolist()})
-    read = msgspec.json.decode(text)
-    np.array([[int(key) for key in row] for row in read["top"] if len(row) == scores.top_ids.shape[1]], np.int32)
-    np.array([list(row.values()) for row in read["top"] if len(row) == scores.top_ids.shape[1]], np.float32)
+def through_json(scores: Scores) -> int:
+    text = as_json(scores)
+    from_json(text)
     return len(text)
 
 
-def cpu_ms(rival: Callable[[Scores, int], int], scores: Scores, vocab_size: int) -> tuple[float, int]:
-    began = time.process_time()
-    num_bytes = rival(scores, vocab_size)
-    return (time.process_time() - began) * 1e3, num_bytes
+def through_torch(scores: Scores) -> int:
+    data = saved(tuple(map(torch.from_numpy, (scores.top_ids, scores.top_logprobs, scores.sampled_logprobs))))
+    loaded(data)
+    return len(data)
 
 
-def bench_codec(num_tokens: int, top_k: int, turns: int) -> bool:
-    is_small = True
-    rivals = {"frame float16": through_frame, "plain": through_plain, "json": through_json}
-    for vocab_size in VOCABULARIES:
-        scores = make_scores(num_tokens, top_k, vocab_size)
-        found: dict[str, list[tuple[float, int]]] = {name: [] for name in rivals}
-        for _ in range(turns):
-            for name, rival in rivals.items():
-                found[name].append(cpu_ms(rival, scores, vocab_size))
-        plain_bytes = found["plain"][0][1]
-        for name, turns_of in found.items():
-            ms, num_bytes = statistics.median(ms for ms, _ in turns_of), turns_of[0][1]
-            say(
-                f"codec    V={vocab_size:<7} {name:<14} {ms:8.2f} CPU-ms {num_bytes / 2**20:7.2f} MiB"
-                f" {num_bytes / plain_bytes:5.0%} of plain"
+PACKINGS: dict[str, Callable[[Scores], int]] = {
+    OURS: through_frame,
+    PLAIN: through_plain,
+    "torch.save": through_torch,
+    "JSON": through_json,
+}
+
+
+def measure_packing(num_tokens: int, top_k: int, turns: int) -> list[Row]:
+    scores = make_scores(num_tokens, top_k)
+    costs_ms: dict[str, list[float]] = {name: [] for name in PACKINGS}
+    num_bytes: dict[str, int] = {}
+    for _ in range(turns):
+        for name, pack in PACKINGS.items():
+            began = time.process_time()
+            num_bytes[name] = pack(scores)
+            costs_ms[name].append((time.process_time() - began) * 1e3)
+    load = f"one answer, {num_tokens} x top {top_k}"
+    return [
+        *(
+            Row(
+                load=load,
+                contender=name,
+                value=num_bytes[name] / num_tokens,
+                unit="bytes/token",
+                ratio=None if name == OURS else num_bytes[name] / num_bytes[OURS],
             )
-        is_small &= found["frame float16"][0][1] <= BYTES_LIMIT * plain_bytes
-    return is_small
+            for name in PACKINGS
+        ),
+        *(
+            Row(
+                load=load,
+                contender=name,
+                value=statistics.median(costs_ms[name]),
+                unit="CPU ms",
+                ratio=None if name == OURS else median_ratio(costs_ms[name], costs_ms[OURS]),
+            )
+            for name in PACKINGS
+        ),
+    ]
 
 
-class ReadyBackend:
-    """Has its answers ready: what is measured is everything else."""
+# Through services.
 
-    def __init__(self, vocab_size: int) -> None:
-        self.info = TeacherInfo(
-            model="ready",
-            vocab_size=vocab_size,
-            tokenizer_size=vocab_size,
-            tokenizer_fingerprint="",
-            max_length=1 << 20,
-            max_top_k=1024,
-            protocol=1,
-        )
-        self._ready: dict[tuple[int, int], Scores] = {}
-
-    def load(self) -> None: ...
-
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
-        return [self._answer(len(request.response_ids), request.top_k) for request in requests]
-
-    def _answer(self, num_tokens: int, top_k: int) -> Scores:
-        if (num_tokens, top_k) not in self._ready:
-            self._ready[num_tokens, top_k] = make_scores(num_tokens, top_k, self.info.vocab_size)
-        return self._ready[num_tokens, top_k]
+Ask = Callable[[Sequence[int]], Awaitable[None]]
+"""Asks for answers of these lengths, all of them together."""
 
 
-async def bench_service(num_tokens: int, top_k: int, turns: int) -> None:
-    batcher = Batcher(backend=ReadyBackend(VOCABULARIES[0]), max_batch_tokens=1 << 20, max_queue=256, linger_s=0.0)
-    server = TeacherServer(batcher=batcher, token=None, max_request_bytes=1 << 24, max_queue=256)
-    await batcher.start()
-    port = await server.start(host="127.0.0.1", port=0)
+@asynccontextmanager
+async def asking_ours(port: int, top_k: int) -> AsyncIterator[Ask]:
     async with TeacherClient(f"http://127.0.0.1:{port}") as client:
-        small, long = [], []
-        for _ in range(turns):
-            began = time.perf_counter()
-            for _ in range(100):
-                await client.score(prompt_ids=[1] * 40, response_ids=[2] * 48, top_k=top_k)
-            small.append(100 / (time.perf_counter() - began))
-            began = time.perf_counter()
+
+        async def ask(lengths: Sequence[int]) -> None:
             await asyncio.gather(
-                *(client.score(prompt_ids=[n] * 512, response_ids=[2] * num_tokens, top_k=top_k) for n in range(64))
+                *(
+                    client.score(prompt_ids=[n + 1] * 512, response_ids=[2] * t, top_k=top_k)
+                    for n, t in enumerate(lengths)
+                )
             )
-            long.append(time.perf_counter() - began)
-    await server.stop()
-    await batcher.stop()
-    plain_mib = 64 * num_tokens * (top_k * 8 + 4) / 2**20
-    seconds = statistics.median(long)
-    say(f"service  48 tokens, one at a time         {statistics.median(small):8.0f} requests/s")
-    rate = plain_mib / seconds
-    say(f"service  64 x {num_tokens} tokens together      {seconds * 1e3:8.0f} ms, {rate:.0f} MiB/s of plain")
+
+        yield ask
 
 
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+@asynccontextmanager
+async def asking_json(port: int, top_k: int) -> AsyncIterator[Ask]:
+    async with aiohttp.ClientSession() as session:
+
+        async def one(length: int) -> None:
+            body = msgspec.json.encode({"prompt": [1] * 512, "response": [2] * length, "top_k": top_k})
+            async with session.post(f"http://127.0.0.1:{port}/score", data=body) as response:
+                from_json(await response.read())
+
+        async def ask(lengths: Sequence[int]) -> None:
+            await asyncio.gather(*map(one, lengths))
+
+        yield ask
+
+
+@asynccontextmanager
+async def asking_zmq(port: int, top_k: int) -> AsyncIterator[Ask]:
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+        socket.connect(f"tcp://127.0.0.1:{port}")
+
+        async def ask(lengths: Sequence[int]) -> None:
+            socket.send(saved([([1] * 512, [2] * length) for length in lengths]))
+            loaded(socket.recv())
+
+        yield ask
+
+
+CLIENTS = {OURS: ("ours", asking_ours), ZMQ: ("zmq", asking_zmq), JSON: ("json", asking_json)}
+
+
+class Cost(NamedTuple):
+    wall_s: float
+    cpu_s: float
+    """Of the client."""
+
+
+async def measure_service(num_tokens: int, top_k: int, turns: int) -> dict[str, dict[str, list[Cost]]]:
+    """Per contender and load ("small", "long")."""
+    costs: dict[str, dict[str, list[Cost]]] = {name: {"small": [], "long": []} for name in CLIENTS}
+    for name, (kind, asking) in CLIENTS.items():
+        with serving(kind, top_k) as port:
+            async with asking(port, top_k) as ask:
+                for turn in range(turns + 1):
+                    began = _now()
+                    for _ in range(NUM_SMALL):
+                        await ask([SMALL_TOKENS])
+                    small, began = _since(began), _now()
+                    await ask([num_tokens] * NUM_LONG)
+                    if turn > 0:  # the first turn warms up
+                        costs[name]["small"].append(small)
+                        costs[name]["long"].append(_since(began))
+    return costs
+
+
+@contextmanager
+def serving(kind: str, top_k: int) -> Iterator[int]:
+    """A service in a process of its own; gives its port."""
+    command = [sys.executable, "-m", "tests.bench.wire_servers", kind, "--top-k", str(top_k)]
+    process = subprocess.Popen(command, env=fair_environment(), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def service_rows(costs: dict[str, dict[str, list[Cost]]], num_tokens: int, top_k: int) -> list[Row]:
+    plain_mb = NUM_LONG * num_tokens * (top_k * 8 + 4) / 1e6
+    small, long = f"{SMALL_TOKENS} tokens, one at a time", f"{NUM_LONG} x {num_tokens} tokens together"
+    rows: list[Row] = []
+    for load, kind, unit, value in (
+        (small, "small", "requests/s", lambda cost: NUM_SMALL / cost.wall_s),
+        (small, "small", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_SMALL * 1e3),
+        (long, "long", "MB/s", lambda cost: plain_mb / cost.wall_s),
+        (long, "long", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_LONG * 1e3),
+    ):
+        for name in CLIENTS:
+            values = [value(cost) for cost in costs[name][kind]]
+            ours = [value(cost) for cost in costs[OURS][kind]]
+            better = median_ratio(ours, values) if unit.endswith("/s") else median_ratio(values, ours)
+            rows.append(
+                Row(
+                    load=load,
+                    contender=name,
+                    value=statistics.median(values),
+                    unit=unit,
+                    ratio=None if name == OURS else better,
+                )
+            )
+    return rows
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def targets_of(rows: Sequence[Row]) -> list[Target]:
+    found = [
+        Target(
+            what="an answer's bytes, of the plain arrays",
+            found=1 / next(row.ratio for row in rows if row.contender == PLAIN and row.ratio is not None),
+            bound=BYTES_LIMIT,
+            at_most=True,
+            unit="of them",
+        )
+    ]
+    for rival in (ZMQ, JSON):
+        for row in rows:
+            if row.contender == rival and row.unit in ("requests/s", "MB/s") and row.ratio is not None:
+                found.append(Target(what=f"{row.unit} of {rival}", found=row.ratio, bound=1.0))
+    return found
+
+
+def _now() -> Cost:
+    return Cost(time.perf_counter(), time.process_time())
+
+
+def _since(began: Cost) -> Cost:
+    now = _now()
+    return Cost(now.wall_s - began.wall_s, now.cpu_s - began.cpu_s)
 
 
 def main() -> int:
@@ -158,12 +266,16 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--top-k", type=int, default=64)
+    add_options(parser)
     options = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
-    is_small = bench_codec(options.tokens, options.top_k, options.turns)
+    torch.set_num_threads(1)
+    turns = 2 if options.quick else options.turns
+    rows = measure_packing(options.tokens, options.top_k, turns)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(bench_service(options.tokens, options.top_k, options.turns))
-    return 0 if is_small else 1
+        costs = runner.run(measure_service(options.tokens, options.top_k, turns))
+    rows += service_rows(costs, options.tokens, options.top_k)
+    report = Report(bench="teacher wire", rows=tuple(rows), targets=tuple(targets_of(rows)))
+    return finish(report, as_json=options.json)
 
 
 if __name__ == "__main__":

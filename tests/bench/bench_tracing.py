@@ -1,7 +1,8 @@
-"""What a line costs: ``python -m tests.bench.bench_tracing``. Prints microseconds per call, best of five rounds."""
+"""What a line of the log costs: ``python -m tests.bench.bench_tracing``. Microseconds per call, best of five rounds."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from engine.metrics import NodeMetrics
 from engine.monitor.view import RunView
 from engine.tracing import Tracing, bound, log, span
+from tests.bench.report import OURS, Report, Row, add_options, finish
 
 _NUM_CALLS = 5_000
 _ROUNDS = 5
@@ -36,25 +38,28 @@ def piece_of_work(n: int) -> None:
         facts.add(version_first=3, version_last=4, num_tokens=48, num_prompt_tokens=30, finish_reason="stop")
 
 
-def main() -> None:
-    rows: list[tuple[str, float]] = []
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    options = parser.parse_args()
+    costs: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as folder, Tracing(level="info") as tracing:
         tracing.open(Path(folder), run="bench", node="0")
         with bound(actor="sampler"):
-            rows.append(("a fact", best_us(fact)))
-            rows.append(("a span", best_us(piece_of_work)))
-            rows.append(("a line below the level", best_us(lambda n: log.debug("decode.step", n=n))))
+            costs.append(("a fact", best_us(fact)))
+            costs.append(("a span", best_us(piece_of_work)))
+            costs.append(("a line below the level", best_us(lambda n: log.debug("decode.step", n=n))))
             subscription = tracing.subscribe("metrics", NodeMetrics().apply)
-            rows.append(("a span, with metrics", best_us(piece_of_work)))
+            costs.append(("a span, with metrics", best_us(piece_of_work)))
             subscription.cancel()
         lines: list[dict[str, object]] = []
         tracing.subscribe("collect", lambda event: lines.append(dict(event)))
         piece_of_work(1)
         view = RunView()
-        rows.append(("the view taking in a span", best_us(lambda _: view.apply(lines[0]))))
-    for name, cost_us in rows:
-        sys.stdout.write(f"{name:<28}{cost_us:8.1f} us\n")
+        costs.append(("the view taking in a span", best_us(lambda _: view.apply(lines[0]))))
+    rows = tuple(Row(load=load, contender=OURS, value=cost_us, unit="µs") for load, cost_us in costs)
+    return finish(Report(bench="log lines", rows=rows), as_json=options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

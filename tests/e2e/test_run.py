@@ -41,6 +41,9 @@ def test_a_run_ends_with_a_summary_a_checkpoint_that_loads_and_a_ledger_that_pro
     log = events(out)
     names = {line["event"] for line in log}
     assert {"run.started", "learner.step", "weights.live", "eval.run", "checkpoint.save", "run.finished"} <= names
+    told = [line for line in log if line["event"] == "answer.trained"]
+    assert [line["step"] for line in told] == [1, 2, 3, 4, 5, 6]
+    assert all(len(line["pieces"]) == len(line["divergences"]) == line["num_tokens"] for line in told)
     kls = [line["kl"] for line in log if line["event"] == "eval.run"]
     assert len(kls) == 2
     assert kls[1] < kls[0], "the student came closer to the teacher"

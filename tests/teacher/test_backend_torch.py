@@ -85,12 +85,12 @@ def assert_same(got: Scores, expected: Scores) -> None:
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("layout", ["packed", "padded", "single"])
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded", "single"])
 def test_float32_answers_equal_a_plain_forward_pass(arch: Arch, layout: Any, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, arch=arch)
     backend = make_backend(folder, block_rows=4, padded_tokens=32)
-    assert backend.layout == "packed"
-    backend.layout = layout
+    assert backend.layout == "tree"
+    backend.use_layout(layout)
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, 384, 9).tolist()
     requests = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.actors.evaluator import Evaluation, append_evaluation, read_evaluations
+from engine.evaluations import Evaluation, append_evaluation, read_evaluations
 
 
 def make_evaluation(version: int) -> Evaluation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engine.monitor.sentences import printable, sentence, size, step_line
@@ -75,3 +77,15 @@ def test_printable_keeps_letters_and_escapes_the_rest() -> None:
 
 def test_size() -> None:
     assert [size(n) for n in (0, 999, 1_500, 1_357_000_000, 2.5e12)] == ["0 B", "999 B", "1.5 kB", "1.36 GB", "2.5 TB"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "address"),
+    [
+        ({"host": "127.0.0.1", "port": 8080}, "http://127.0.0.1:8080/"),
+        ({"host": "::1", "port": 8080, "has_token": False}, "http://[::1]:8080/"),
+        ({"host": "10.0.0.5", "port": 80, "has_token": True}, "http://10.0.0.5:80/?token=… with the token of"),
+    ],
+)
+def test_people_are_told_where_the_status_page_is(fields: dict[str, Any], address: str) -> None:
+    assert f"status page on {address}" in (sentence(Log().line("node.listening", **fields)) or "")

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from engine.actors.evaluator import Answer, Evaluation
+from engine.evaluations import Answer, Evaluation
 from engine.monitor.summary import Summary, print_summary, summarise
 from engine.monitor.view import RunView
 from tests.engine.monitor.story import ANSWERS_AFTER, ANSWERS_BEFORE, TEACHER_ANSWERS, demo

@@ -185,3 +185,37 @@ def test_the_demo_reads_as_it_was_written() -> None:
     assert view.checkpoint is not None
     assert view.checkpoint[0] == 30
     assert (view.evaluation_s, view.checkpoint_s) == (30.0, 4.5)
+
+
+def test_the_curve_of_the_loss_goes_on_where_a_resumed_run_did() -> None:
+    log = Log()
+    log.started()
+    for step in (1, 2, 3):
+        log.step(step, loss=float(step))
+    log.started(step=1)
+    log.step(2, loss=7.0)
+
+    assert view_of(log).loss_curve.points() == [(1, 1.0), (2, 7.0)]
+
+
+def test_rollouts_in_flight_are_known_by_the_version_that_began_them_until_they_are_trained() -> None:
+    log = Log()
+    for ticket in range(4):
+        log.line("rollout.dispatched", rollout_id=ticket)
+        log.span("sampler.rollout", dur_s=1, rollout_id=ticket, num_tokens=10, version_first=ticket)
+    log.step(1, ages=(0,), rollout_ids=[0])
+    log.line("rollout.failed", level="warning", rollout_id=1, reason="refused")
+    log.line("rollout.requeued", level="warning", rollout_id=2, reason="restarted")
+    view = view_of(log)
+
+    assert view.begun_under == {3: 3}
+    log.started(step=1)
+    assert view_of(log).begun_under == {}
+
+
+def test_the_samplers_version_is_the_one_that_it_was_last_heard_with() -> None:
+    log = Log()
+    log.line("weights.live", version=4)
+    assert view_of(log).sampler_version == 4
+    log.generator(busy_s=1.0, tokens_total=10)
+    assert view_of(log).sampler_version == 0, "it was started again"
