@@ -28,15 +28,15 @@ from engine.recipe import (
 def recipe() -> Recipe:
     return Recipe(
         name="smollm2",
-        steps=60,
+        steps=72,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
         # The last 16 of the 128 rows are held out. The longest prompt has 46 tokens with its chat template.
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
-        max_staleness=2,
+        max_staleness=3,
         rollouts_per_step=8,
-        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=24, dtype="auto"),
+        sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, min_wave=16, dtype="auto"),
         # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
         learner=LearnerConfig(
             lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024, autocast="auto"
@@ -56,5 +56,5 @@ def recipe() -> Recipe:
             samples_per_prompt=2,
         ),
         # One holds the student and two optimizer moments: 1.4 GB.
-        checkpoint=CheckpointConfig(every_steps=30, keep=1),
+        checkpoint=CheckpointConfig(every_steps=36, keep=1),
     )

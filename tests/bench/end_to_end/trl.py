@@ -104,8 +104,8 @@ def _trainer(name: str, folder: Path, *, steps: int, scratch: str, clock: Clock)
     config = GKDConfig(**common, max_new_tokens=NEW_TOKENS, lmbda=1.0, max_length=PROMPT_TOKENS[1] + NEW_TOKENS)
     # It divides the loss by the number of tokens in the data's answers, though it trains on others: as many, then.
     answer = " t1" * NEW_TOKENS
-    rows = [{"messages": [_said("user", prompt), _said("assistant", answer)]} for prompt in prompts]
-    return GKDTrainer(args=config, train_dataset=Dataset.from_list(rows), **models)
+    talks = [{"messages": [_said("user", prompt), _said("assistant", answer)]} for prompt in prompts]
+    return GKDTrainer(args=config, train_dataset=Dataset.from_list(talks), **models)
 
 
 def _count_tokens(trainer: Any) -> list[int]:

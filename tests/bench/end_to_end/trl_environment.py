@@ -43,9 +43,9 @@ def python_with_trl() -> Path:
     (theirs / "ours.pth").write_text(f"{ours}\n")
     constraints = CACHE / "constraints.txt"
     constraints.write_text("".join(f"{name}=={version(name)}\n" for name in SHARED))
-    command = [python.absolute(), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    command = [str(python.absolute()), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     done = subprocess.run(
-        [*command, "--constraint", constraints, f"trl=={TRL}"], capture_output=True, text=True, check=False
+        [*command, "--constraint", str(constraints), f"trl=={TRL}"], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
