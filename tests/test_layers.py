@@ -120,7 +120,6 @@ OPEN_TO_TEACHER = frozenset(
         "engine.clock",
         "engine.costs",
         "engine.errors",
-        "engine.metrics",
         "engine.precision",
         "engine.recipe",
         "engine.tracing",
