@@ -87,14 +87,14 @@ def test_a_real_run_is_simulated_from_its_own_log(world: World, tmp_path: Path) 
     # measured, not tested: docs/measurements.
     assert found["rollouts_per_s"] > 0.85 * real["rollouts_per_s"]
     busy_s = found["learner_utilization"] * found["num_rollouts"] / found["rollouts_per_s"]
-    assert busy_s == pytest.approx(learner_seconds(tmp_path / "real"), rel=0.15)
+    assert busy_s == pytest.approx(learner_seconds(tmp_path / "real"), rel=0.02)
     assert found["costs_from"] == str(tmp_path / "real")
 
 
 def learner_seconds(folder: Path) -> float:
-    """That its learner spent on micro-batches, optimizer steps and held-out answers."""
+    """That its learner spent on micro-batches and optimizer steps."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    wanted = ("learner.micro_batch", "learner.step", "eval.run")
+    wanted = ("learner.micro_batch", "learner.step")
     return float(sum(event["dur_us"] for event in events if event["event"] in wanted) / 1e6)
 
 
