@@ -36,8 +36,8 @@ def recipe() -> Recipe:
         data=DataConfig(path="recipes/data/prompts.jsonl", num_rows=112, max_prompt_tokens=64),
         max_staleness=3,
         rollouts_per_step=8,
-        # A decode step of 16 answers takes little longer than one of 8. What begins sixteen at a time is trained two and
-        # three steps later.
+        # A decode step of 16 answers takes little longer than one of 8. What begins sixteen at a time is trained two
+        # and three steps later.
         sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, min_wave=16, dtype="auto"),
         # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
         learner=LearnerConfig(
