@@ -25,7 +25,7 @@ def test_only_what_somebody_set_differs() -> None:
     found = changed(demo_recipe())
 
     assert found["learner.lr"] == ("0.0003", "0.00001")
-    assert found["max_staleness"] == (str(demo_recipe().max_staleness), "1")
+    assert found["max_staleness"] == (str(demo_recipe()["max_staleness"]), "1")
     assert found["student.path"] == ("models/smollm2/student", NO_DEFAULT)
     assert found["teacher.kind"] == ("http", NO_DEFAULT)
     assert found["teacher.top_k"] == ("256", "64")
