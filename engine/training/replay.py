@@ -80,7 +80,7 @@ class ReplayTrainer:
         self._spend(self._costs.checkpoint_s)
 
     def load(self, folder: Path) -> None:
-        raise NotImplementedError("a simulation begins at step 0: there is nothing to load")
+        raise RuntimeError("a simulation begins at step 0 and keeps no checkpoint: there is nothing to load")
 
     def stop(self) -> None: ...
 
