@@ -84,6 +84,21 @@ def test_two_steps_are_those_of_a_plain_float64_script(model: Path, packing: str
     assert trainer.version == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_two_steps_on_a_gpu_are_those_of_a_plain_float64_script(model: Path, packing: str) -> None:
+    trainer, plain = started(model, packing=packing, device="cuda", autocast="off"), PlainTrainer(model)
+
+    for seed in range(2):
+        step = make_step(seed=seed)
+        report = run_step(trainer, [step[:3], step[3:]])
+        loss, grad_norm = plain.step(step)
+        assert report.loss == pytest.approx(loss, rel=2e-6)
+        assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+    found = {name: tensor.cpu() for name, tensor in weights(trainer).items()}
+    assert_same_weights(found, plain.weights(), tolerance=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
 def test_every_objective_trains_as_it_is_defined(llama: Path, kind: Any, tail: Any) -> None:
