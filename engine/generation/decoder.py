@@ -23,6 +23,7 @@ from engine.generation.model import decode_mask, trunk
 from engine.generation.prefill import Prefill, plan_prefill
 from engine.generation.protocol import Generation, GenerationRequest
 from engine.generation.sampling import BatchSampler
+from engine.generation.top_ids import packed
 from engine.types import FinishReason, VersionSpan
 
 _LENGTH_GRAIN = 16
@@ -41,6 +42,8 @@ class Running:
     """Weights that computed the keys and values of its prompt."""
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
+    top_ids: list[bytes] = field(default_factory=list)
+    """Of each token, when the request asks for them."""
     spans: list[VersionSpan] = field(default_factory=list)
     """The last one is open: its ``end`` is where it began until the sequence ends."""
 
@@ -128,6 +131,9 @@ class Decoder:
         self.tokens_total += len(rows)
         ended = []
         for at, row in enumerate(rows):
+            num_top_ids = row.request.params.num_top_ids
+            if drawn.top_ids is not None and num_top_ids:
+                row.top_ids.append(packed(drawn.top_ids[at, :num_top_ids]))
             reason = self._extend(row, drawn.ids[at], drawn.logprobs[at], drawn.sampling_logprobs[at])
             if reason is not None:
                 ended.append((row.ticket, _generation(row, reason)))
@@ -230,4 +236,5 @@ def _generation(row: Running, reason: FinishReason) -> Generation:
         sampling_logprobs=tuple(row.sampling_logprobs),
         spans=tuple(spans),
         finish_reason=reason,
+        top_ids=b"".join(row.top_ids),
     )

@@ -25,6 +25,7 @@ from engine.training import batch as batches
 from engine.training.batch import StudentBatch
 from engine.training.export import Named, buckets, named_tensors
 from engine.training.model import Student, load_student
+from engine.training.objectives import make_objective
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport, TokenLosses
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
@@ -36,14 +37,11 @@ from ops import (
     Divergence,
     ForwardKL,
     Objective,
-    ReverseKL,
     divergence,
     linear_divergence,
     linear_divergence_with_gradients,
 )
 from teacher.protocol import Scores
-
-_OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 
 
 class HFTrainer:
@@ -63,7 +61,12 @@ class HFTrainer:
         self.version = 0
         self._config = config
         self._student_config = student
-        self._objective: Objective = _OBJECTIVES[objective.kind](tail=objective.tail)
+        self._objective = make_objective(objective)
+        self._measure = {
+            "temperature": objective.temperature,
+            "square_temperature": objective.square_temperature,
+            "clamp": objective.clamp,
+        }
         self._num_steps = steps
         self._seed = seed
         self._state: _Loaded | None = None
