@@ -55,7 +55,7 @@ class DivergenceConfig(Section, frozen=True, kw_only=True):
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "student_topk_reverse_kl", "sampled_reverse_kl", "mixture"
     ] = "forward_kl"
     tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
-    """What happens to probability outside the teacher's top-k ∪ {sampled token}; the last three kinds have no choice."""
+    """What happens to probability outside the teacher's top-k ∪ {sampled token}; no choice for the last three kinds."""
     beta: Fraction | None = None
     """jsd: the teacher's share of the mean distribution; 0 is forward KL, 1 reverse KL. None: 0.5."""
     alpha: Fraction | None = None

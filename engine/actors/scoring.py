@@ -12,8 +12,8 @@ from teacher.protocol import Scores, Teacher
 
 
 async def score_rollout(teacher: Teacher, rollout: Rollout, *, top_k: int, alone: bool) -> ScoredRollout[Scores]:
-    """Ask for the teacher's top ``top_k`` along the answer, and about the student's own where those were kept; ``alone``
-    and errors as in ``Teacher.score``."""
+    """Ask for the teacher's top ``top_k`` along the answer, and about the student's own where those were kept;
+    ``alone`` and errors as in ``Teacher.score``."""
     scores = await teacher.score(
         prompt_ids=rollout.prompt.token_ids,
         response_ids=rollout.response_ids,
