@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
 from engine.generation.top_ids import packed, top_ids_of
+from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.objectives import make_objective
 from engine.types import Prompt, Rollout, ScoredRollout, VersionSpan
