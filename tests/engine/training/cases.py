@@ -154,6 +154,7 @@ class PlainTrainer:
     def rows(self, item: Scored) -> tuple[Tensor, TeacherScores]:
         """Logits [T, V] that predict the response, and the scores as tensors."""
         rollout, scores = item.rollout, item.scores
+        likely = top_ids_of(rollout)
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.response_ids]])
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0, -rollout.num_tokens - 1 : -1]
         return logits, TeacherScores(
@@ -162,7 +163,7 @@ class PlainTrainer:
             sampled_ids=torch.tensor(rollout.response_ids),
             sampled_logprobs=torch.tensor(scores.sampled_logprobs),
             extra_logprobs=None if scores.extra_logprobs is None else torch.tensor(scores.extra_logprobs),
-            extra_ids=None if (ids := top_ids_of(rollout)) is None else torch.tensor(ids),
+            extra_ids=None if likely is None else torch.tensor(likely),
         )
 
     def weights(self) -> dict[str, Tensor]:
