@@ -68,6 +68,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--simulate-from", metavar="RUN_DIR", type=Path, help="the same, with costs and lengths of an earlier run"
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    for word in sys.argv[1:] if arguments is None else arguments:
+        # They go into JSON files and SQLite, which are UTF-8.
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            parser.error(f"{word!r} is not UTF-8")
     return parser.parse_args(arguments)
 
 

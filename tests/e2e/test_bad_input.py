@@ -61,6 +61,8 @@ def refuse(capfd: pytest.CaptureFixture[str]) -> Refuse:
         ("def recipe():\n    return 7\n", "recipe() returned int, expected a Recipe"),
         ("import sys\n\ndef recipe():\n    sys.exit()\n", "r.py:4: it called sys.exit(None)"),
         ("raise SystemExit(0)\n", "r.py:1: it called sys.exit(0)"),
+        ("def recipe():\n    raise KeyboardInterrupt\n", "r.py:2: KeyboardInterrupt"),
+        ("async def recipe():\n    pass\n", "recipe() is async"),
     ],
 )
 def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, message: str, refuse: Refuse) -> None:
@@ -72,6 +74,39 @@ def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, 
 
 def test_a_missing_recipe_file(tmp_path: Path, refuse: Refuse) -> None:
     assert "is not a file" in refuse(tmp_path / "none.py")
+    assert "cannot be read" in refuse(tmp_path / f"{'n' * 5000}.py")
+
+
+def test_what_a_recipe_prints_does_not_mix_with_the_document_on_stdout(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+print("loading")
+_plain = recipe
+
+def recipe():
+    print("making")
+    return _plain()
+"""
+
+    assert main([str(world.recipe(tmp_path / "r.py", more=text)), "--check", "--json"]) == 0
+
+    stdout, stderr = capfd.readouterr()
+    assert json.loads(stdout)["ok"]
+    assert "loading" in stderr
+    assert "making" in stderr
+
+
+def test_words_that_are_not_utf_8_are_refused(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+    path = tmp_path / "s.py"
+    path.write_text(recipe.read_text().replace(repr(str(world.prompts)), repr("\udcff.jsonl")))
+
+    for words in (["--out", "\udcff"], ["--set", "seed=\udcff"]):
+        with pytest.raises(SystemExit) as refused:
+            main([str(recipe), "--check", *words])
+        assert refused.value.code == 2
+    assert "is not UTF-8" in refuse(path, "--check")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +174,15 @@ def recipe():
     ("assignment", "message"),
     [
         ("learner.lr=-1", "$.learner.lr"),
+        ("learner.lr=inf", "$.learner.lr"),
+        ("max_staleness=1000000000000", "$.max_staleness"),
+        ("rollouts_per_step=1000000000000", "$.rollouts_per_step"),
+        ("steps=99999999999999999999999", "$.steps"),
+        ("learner.num_threads=100000000000", "$.learner.num_threads"),
+        ("learner.autocast=yes", "expected one of 'auto', 'gpu', 'off'"),
+        ("data.too_long=x", "expected one of 'filter', 'refuse'"),
+        ("teacher.kind=nope", "expected one of 'http', 'local'"),
+        ("sampler.stop_ids=[384]", "sampler.stop_ids has 384, the student's ids are 0 to 383"),
         ("learner.lrr=1", "no field 'learner.lrr'"),
         ("nothing.at.all=1", "no section 'nothing'"),
         ("steps=many", "Expected `int`, got `str` - at `$.steps`"),
@@ -157,6 +201,7 @@ def recipe():
         ("evaluation.data.max_prompt_tokens=250", "sampler.max_new_tokens=8 = 258 tokens do not fit"),
         ("evaluation.scorer=..a:x", "cannot be loaded"),
         ("evaluation.scorer=nowhere:score", "cannot be loaded"),
+        ("evaluation.scorer=os:getcwd", "expected one that takes (prompt: str, answer: str)"),
         ("teacher.model=nowhere", "is not a folder"),
         ("node.host=0.0.0.0", "node.token_file is not set"),
     ],
