@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.prompts import load_tokenizer
 from engine.run import main
@@ -305,6 +306,7 @@ def test_a_teacher_on_a_device_that_computes_nothing(world: World) -> None:
     [
         ("config.json", {"hidden_size": "x"}, "config.json cannot be used"),
         ("config.json", {"num_attention_heads": 0}, "config.json cannot be used"),
+        ("config.json", {"num_hidden_layers": 3}, "asks for 18 weights that the files lack"),
         ("config.json", {"hidden_size": 64}, "of shape [384, 64], the weights have [384, 32]"),
         ("config.json", "{}", "config.json cannot be used"),
         ("config.json", '{"model_type": "llama"}', "the weights have"),
@@ -335,6 +337,23 @@ def test_weights_that_were_cut_off(world: World, tmp_path: Path, num_bytes: int,
     text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"student.path={folder}")
     assert "model.safetensors" in text
     assert "was cut off" in text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_that_are_not_finite_are_named(world: World, tmp_path: Path, role: str) -> None:
+    folder = tmp_path / role
+    shutil.copytree(getattr(world, role), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    field = "student.path" if role == "student" else "teacher.model"
+
+    finished = run(
+        world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o"), "--set", f"{field}={folder}", expect=1
+    )
+
+    assert "not finite" in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_missing_part_of_the_weights(world: World, tmp_path: Path, refuse: Refuse) -> None:
