@@ -490,6 +490,31 @@ def test_a_loss_that_is_not_a_number_stops_or_is_left_out(world: World, tmp_path
         assert saved[0].name in finished.stderr
 
 
+def test_an_empty_or_impossible_folder_is_refused(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    with pytest.raises(SystemExit) as refused:
+        main([str(recipe), "--check", "--out", ""])
+    assert refused.value.code == 2
+    for out in (tmp_path / ("n" * 300), tmp_path / "loop" / "o"):
+        assert "error: " in refuse(recipe, "--out", str(out))
+    assert "cannot be the run's folder" in refuse(recipe, "--set", f"name={'n' * 300}")
+
+
+def test_show_and_check_together_answer_both(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+
+    assert main([str(recipe), "--show", "--check"]) == 0
+    shown = capfd.readouterr().out
+    assert "[teacher_proxy]" in shown
+    assert "ok    student" in shown
+    assert main([str(recipe), "--show", "--check", "--json", "--set", "data.path=nowhere.jsonl"]) == 2
+    document = json.loads(capfd.readouterr().out)
+    assert document["recipe"]["name"] == "tiny"
+    assert not document["ok"]
+
+
 def test_show_and_check_start_nothing(world: World, tmp_path: Path) -> None:
     recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
     shown = run(recipe, "--show").stdout
