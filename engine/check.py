@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import inspect
 import os
 import socket
 from collections.abc import Callable
@@ -160,6 +161,17 @@ def load_scorer(name: str) -> Callable[[str, str], float]:
         ) from error
     if not callable(scorer):
         raise RecipeError(f"evaluation.scorer={name!r} is {type(scorer).__name__}, expected a function")
+    try:
+        signature = inspect.signature(scorer)
+    except ValueError:  # some built-in functions have none
+        return scorer  # type: ignore[no-any-return]
+    try:
+        signature.bind("prompt", "answer")
+    except TypeError as error:
+        raise RecipeError(
+            f"evaluation.scorer={name!r} has the signature {signature}, expected one that takes "
+            f"(prompt: str, answer: str): {error}"
+        ) from error
     return scorer  # type: ignore[no-any-return]
 
 
@@ -167,12 +179,19 @@ def _student(recipe: Recipe) -> tuple[str, Student]:
     path, trust = recipe.student.path, recipe.student.trust_remote_code
     config = look_at_model(path, trust_remote_code=trust, role="student.path")
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    size = vocab_size(config, path=path, role="student.path")
+    for stop_id in recipe.sampler.stop_ids or ():
+        if not 0 <= stop_id < size:
+            raise RecipeError(
+                f"sampler.stop_ids has {stop_id}, the student's ids are 0 to {size - 1}; correct it, or set the field "
+                "to null for the model's own end-of-sequence ids"
+            )
     weight_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     student = Student(
         config=config,
         tokenizer=tokenizer,
         max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
-        vocab_size=vocab_size(config, path=path, role="student.path"),
+        vocab_size=size,
         stop_ids=stop_ids(path, config, role="student.path"),
         weight_bytes=weight_bytes,
     )

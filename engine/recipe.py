@@ -12,14 +12,24 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta
 
 from engine.errors import RecipeError
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+_MOST = 1 << 40
+"""Of what is counted: a number with too many zeros is a slip, and should be told before it fills memory or SQLite's 64
+bits."""
+Positive = Annotated[int, Meta(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
+Threads = Annotated[int, Meta(ge=1, le=4096)]
+Slots = Annotated[int, Meta(ge=1, le=1 << 20)]
+Rollouts = Annotated[int, Meta(ge=1, le=1 << 24)]
+Staleness = Annotated[int, Meta(ge=0, le=1024)]
+"""Flow looks at each version up to a deadline."""
+PositiveFloat = Annotated[float, Meta(gt=0.0, le=1e300)]
+"""Not infinity."""
+NonNegativeFloat = Annotated[float, Meta(ge=0.0, le=1e300)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
@@ -186,14 +196,14 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     top_k: NonNegative = 0
     stop_ids: tuple[int, ...] | None = None
     """None: the end-of-sequence ids of the model's generation config."""
-    num_slots: Positive = 16
+    num_slots: Slots = 16
     """Sequences decoded side by side."""
     min_wave: Positive = 1
     """Rollouts begin at least this many at a time. A decode step of 16 sequences costs little more than one of 8, but
     what waits for company begins later: give it a version more of ``max_staleness``."""
     device: str = "cpu"
     dtype: ComputeDtype = "float32"
-    num_threads: Positive = 1
+    num_threads: Threads = 1
     """CPU threads of the decode loop."""
 
 
@@ -228,7 +238,7 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
     device: str = "cpu"
     dtype: ComputeDtype = "float32"
     max_batch_tokens: Positive = 2048
-    num_threads: Positive = 1
+    num_threads: Threads = 1
     trust_remote_code: bool = False
     max_in_flight: Positive = 32
 
@@ -265,7 +275,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
     on."""
     device: str = "cpu"
-    num_threads: Positive = 1
+    num_threads: Threads = 1
 
 
 class WeightsConfig(Section, frozen=True, kw_only=True):
@@ -413,11 +423,11 @@ class Recipe(Section, frozen=True, kw_only=True):
     teacher: HttpTeacher | LocalTeacher
     data: DataConfig
     seed: int = 0
-    max_staleness: NonNegative = 1
+    max_staleness: Staleness = 1
     """S: policy versions between the first token of a rollout and the step that trains on it; 0 is synchronous."""
-    rollouts_per_step: Positive = 64
+    rollouts_per_step: Rollouts = 64
     """P."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Rollouts = 1
     deterministic: bool = False
     """Same seed, same weights, bit for bit: everything composed by ticket instead of arrival. Needs max_staleness=0."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -508,7 +518,11 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
         cause = error.__cause__
         if isinstance(cause, RecipeError):
             raise cause from None
-        raise RecipeError(f"recipe {recipe.name!r}: {error}") from None
+        raise RecipeError(f"recipe {recipe.name!r}: {error}{_choices(str(error))}") from None
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: the text {error.object!r} is not UTF-8; rename what it names"
+        ) from None
 
 
 def describe(recipe: Recipe) -> str:
@@ -550,6 +564,26 @@ def _no_setting(section: msgspec.Struct, path: str) -> tuple[str, object]:
         except (TypeError, ValueError, RecursionError):
             return _no_setting(value, f"{here}.") if isinstance(value, msgspec.Struct) else (here, value)
     return path.rstrip("."), section
+
+
+def _choices(message: str) -> str:
+    """What the field may be instead, where msgspec's ``message`` (… at `$.a.b`) leaves that out."""
+    if not message.startswith("Invalid "):
+        return ""
+    found: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(Recipe)]
+    for key in message.rpartition("$.")[2].rstrip("`").split("."):
+        structs = [kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.StructType)]
+        fields = [field.type for struct in structs for field in struct.fields if field.encode_name == key]
+        tags = tuple(struct.tag for struct in structs if struct.tag_field == key)
+        found = [*fields, *([msgspec.inspect.LiteralType(tags)] if tags else [])]
+    literals = [kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.LiteralType)]
+    values = ", ".join(repr(value) for literal in literals for value in literal.values)
+    return f"; expected one of {values}" if values else ""
+
+
+def _alternatives(types: list[msgspec.inspect.Type]) -> list[msgspec.inspect.Type]:
+    """The types, unions taken apart."""
+    return [one for kind in types for one in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))]
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> None:

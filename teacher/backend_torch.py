@@ -330,6 +330,11 @@ class TorchBackend:
         # Two that share a prefix, and a shorter one that shares nothing.
         probes = [stem, np.concatenate((stem[:half], tail))[:length], tail[:half]]
         expected = torch.cat([self._plain_logits(probe) for probe in probes])
+        if not torch.isfinite(expected).all():
+            raise ModelError(
+                f"model in {str(self._folder)!r}: its logits are not finite; are its weights whole, and is "
+                f"{self._model.dtype} wide enough for them?"
+            )
         scale = self._tolerance(expected)
         self._attention = self._model.config._attn_implementation
         self.use_layout("single")

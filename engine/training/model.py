@@ -168,6 +168,9 @@ def _read(student: StudentConfig, config: LearnerConfig, folder: Path) -> PreTra
             f"{where}: the weights lack {len(missing)} parameters that its config asks for, among them {missing[0]!r}; "
             "they would be random. Is the checkpoint complete?"
         )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"{where}: {name} holds numbers that are not finite; take another checkpoint of the model")
     return model
 
 
