@@ -64,6 +64,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "teacher.replay",
         "teacher.replica",
         "teacher.token",
+        "teacher.top_k",
         "teacher.waits",
         "teacher.wire",
     ),
