@@ -27,6 +27,7 @@ from engine.errors import ModelError, NonFiniteError
 from engine.precision import compute_dtype
 from engine.recipe import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
+from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
@@ -330,6 +331,8 @@ class TorchBackend:
         probes = [stem, np.concatenate((stem[:half], tail))[:length], tail[:half]]
         expected = torch.cat([self._plain_logits(probe) for probe in probes])
         scale = self._tolerance(expected)
+        if self._device.type == "cpu":
+            use_own_norms(self._model)
         self._attention = self._model.config._attn_implementation
         self.use_layout("single")
         self._head = self._find_head(probes, expected, scale)

@@ -125,6 +125,7 @@ OPEN_TO_TEACHER = frozenset(
         "engine.recipe",
         "engine.tracing",
         "engine.training.packing",
+        "engine.training.rms_norm",
         "engine.training.tree_attention",
         "engine.transport.handoff",
         "engine.types",
