@@ -8,10 +8,12 @@ only whether a tree of values makes sense. ``engine.build`` turns the tree into 
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta
 
 from engine.errors import RecipeError
@@ -408,7 +410,27 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
         cause = error.__cause__
         if isinstance(cause, RecipeError):
             raise cause from None
-        raise RecipeError(f"recipe {recipe.name!r}: {error}") from None
+        raise RecipeError(f"recipe {recipe.name!r}: {error}{_choices_of(str(error))}") from None
+
+
+def _choices_of(message: str) -> str:
+    """What a field may be, when msgspec says that it is none of the names it may be: msgspec leaves them out."""
+    found = re.fullmatch(r"Invalid enum value .* - at `\$\.([\w.]+)`", message)
+    if found is None:
+        return ""
+    kinds = [msgspec.inspect.type_info(Recipe)]
+    for name in found[1].split("."):
+        structs = [kind for kind in _alternatives(kinds) if isinstance(kind, msgspec.inspect.StructType)]
+        kinds = [field.type for struct in structs for field in struct.fields if field.encode_name == name]
+    literals = [kind for kind in _alternatives(kinds) if isinstance(kind, msgspec.inspect.LiteralType)]
+    return f"; expected {' or '.join(repr(value) for literal in literals for value in literal.values)}"
+
+
+def _alternatives(kinds: list[msgspec.inspect.Type]) -> list[msgspec.inspect.Type]:
+    """The members of unions in their place."""
+    return [
+        member for kind in kinds for member in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))
+    ]
 
 
 def describe(recipe: Recipe) -> str:

@@ -48,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "engine.checkpoint",
         "engine.generation.*",
+        "engine.packed_linear",
         "engine.precision",
         "engine.prompt_files",
         "engine.prompts",
@@ -121,6 +122,7 @@ OPEN_TO_TEACHER = frozenset(
         "engine.clock",
         "engine.costs",
         "engine.errors",
+        "engine.packed_linear",
         "engine.precision",
         "engine.recipe",
         "engine.tracing",

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from engine.generation.attention import decode_mask
 from engine.generation.kv_cache import SlotCache
-from engine.generation.packed import PackedLinear
+from engine.packed_linear import PackedLinear
 
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose blocks are what ``LeanStep`` computes: two RMS norms, rotary attention, a gated product."""

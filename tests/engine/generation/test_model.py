@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from engine import packed_linear as packed_module
 from engine.errors import ModelError
 from engine.generation import model as model_module
-from engine.generation import packed as packed_module
 from engine.generation.attention import use_slot_attention
 from engine.generation.model import DecodableModel, load_decodable
-from engine.generation.packed import PackedLinear, pack_linears, unpack_linears
+from engine.packed_linear import PackedLinear, pack_linears, unpack_linears
 from engine.recipe import StudentConfig
 from tests.support.models import Arch, load, plain_logits, tiny_model
 
