@@ -8,6 +8,7 @@ only whether a tree of values makes sense. ``engine.build`` turns the tree into 
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -571,7 +572,7 @@ def _choices(message: str) -> str:
     if not message.startswith("Invalid "):
         return ""
     found: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(Recipe)]
-    for key in message.rpartition("$.")[2].rstrip("`").split("."):
+    for key in re.sub(r"\[[^]]*\]", "", message.rpartition("$.")[2].rstrip("`")).split("."):
         structs = [kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.StructType)]
         fields = [field.type for struct in structs for field in struct.fields if field.encode_name == key]
         tags = tuple(struct.tag for struct in structs if struct.tag_field == key)
@@ -582,8 +583,9 @@ def _choices(message: str) -> str:
 
 
 def _alternatives(types: list[msgspec.inspect.Type]) -> list[msgspec.inspect.Type]:
-    """The types, unions taken apart."""
-    return [one for kind in types for one in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))]
+    """The types, unions taken apart, and lists standing for what is in them."""
+    items = [kind.item_type if isinstance(kind, msgspec.inspect.VarTupleType) else kind for kind in types]
+    return [one for kind in items for one in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))]
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> None:

@@ -49,6 +49,10 @@ def test_a_mixture_is_a_list_of_weighted_terms() -> None:
         (["objective.kind=mixture", 'objective.terms=[{"weight":0}]'], "all weights are 0"),
         (["objective.kind=sampled_reverse_kl", "objective.tail=ignore"], r"tail='ignore' has no meaning"),
         (["objective.beta=1.5", "objective.kind=jsd"], r"`float` <= 1\.0 - at `\$\.objective\.beta`"),
+        (
+            ["objective.kind=mixture", 'objective.terms=[{"kind":"kl","weight":1}]'],
+            r"`\$\.objective\.terms\[0\]\.kind`; expected one of 'forward_kl', ",
+        ),
         (["objective.temperature=0"], r"`float` > 0\.0 - at `\$\.objective\.temperature`"),
         (
             ["objective.kind=sampled_reverse_kl", "data.reference_share=0.5"],
