@@ -33,19 +33,21 @@ class Shape:
     """Load the next tile before working on this one (reduce only)."""
 
 
-class TritonRows:
-    """Stateless. float64 logits, which only tests have, are left to plain torch.
+REDUCE = Shape(block=4096, num_warps=8, ahead=True)
+EXPAND = Shape(block=4096, num_warps=8)
+PROGRAMS_PER_PROCESSOR = 16
+"""Rows are split until each multiprocessor has so many programs."""
 
-    Args:
-        programs_per_processor: rows are split until there are so many programs for each multiprocessor.
-    """
+
+class TritonRows:
+    """Stateless. float64 logits, which only tests have, are left to plain torch."""
 
     def __init__(
         self,
         *,
-        reduce: Shape = Shape(block=4096, num_warps=8, ahead=True),
-        expand: Shape = Shape(block=4096, num_warps=8),
-        programs_per_processor: int = 16,
+        reduce: Shape = REDUCE,
+        expand: Shape = EXPAND,
+        programs_per_processor: int = PROGRAMS_PER_PROCESSOR,
     ) -> None:
         self._reduce, self._expand = reduce, expand
         self._programs_per_processor = programs_per_processor
@@ -227,4 +229,6 @@ def _power_of_two(count: int) -> int:
 
 @functools.cache
 def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
