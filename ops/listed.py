@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops.coarse import coarsen, entropy, finite, merge, student
 from ops.objectives import Objective
-from ops.rows import RowKernel, kernel_for
+from ops.rows import RowKernel, kernel_for, no_columns
 from ops.scores import Support, TeacherScores, check_ids, support_of
 from ops.shards import Shard, Whole, combine
 from ops.solve import Conditions, solve, wants_student_ids
@@ -43,7 +43,10 @@ class Listed(Problem):
         local_ids = shard.local(support.ids)
         sampled = shard.local(support.sampled_ids)
         sampled_logits = _column(logits, sampled)
-        reduced = kernel.reduce(logits, local_ids, num_columns=shard.num_columns, k=support.num_top)
+        if shard.num_columns:
+            reduced = kernel.reduce(logits, local_ids, num_columns=shard.num_columns, k=support.num_top)
+        else:
+            reduced = no_columns(local_ids, k=support.num_top, dtype=working_dtype(logits))
         whole = combine(shard, reduced, support.ids, local_ids, sampled_logits)
         log_q, lse = student(whole.support_logits, whole.tail_lse)
         values, gradient = solve(self._objective, log_q, support, self._conditions.rows(start, end))
@@ -86,6 +89,9 @@ class Rows(Solved):
     support_gradient: Tensor
 
     def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
+        if not self.num_columns:
+            out.zero_()
+            return
         dtype = working_dtype(logits)
         tail_scale, support_gradient = self.tail_scale, self.support_gradient
         if scale is not None:

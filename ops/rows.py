@@ -41,7 +41,7 @@ class RowKernel(Protocol):
         Args:
             logits: [B, W] any float dtype, each row contiguous. Not changed.
             ids: [B, C] int64 columns of this rank, distinct within a row; −1: none.
-            num_columns: columns from here on do not exist, whatever they hold.
+            num_columns: columns from here on do not exist, whatever they hold. At least 1.
             k: how many of the largest logits of the tail are wanted; may be 0, may exceed W.
         """
         ...
@@ -66,6 +66,19 @@ class RowKernel(Protocol):
             support_gradient: [B, C] working dtype; not read where the id is −1.
         """
         ...
+
+
+def no_columns(ids: Tensor, *, k: int, dtype: torch.dtype) -> Reduced:
+    """What rows of a rank reduce to that has no columns; kernels are called with one column or more.
+
+    Args:
+        ids: [B, C].
+    """
+    shape = ids.shape[0], ids.shape[1] + 1 + k
+    nothing = torch.full(shape, -torch.inf, dtype=dtype, device=ids.device)
+    support_logits, tail_max, largest = torch.split(nothing, [ids.shape[1], 1, k], dim=1)
+    tail_max = tail_max.squeeze(1)
+    return Reduced(support_logits, tail_max=tail_max, tail_sum=torch.zeros_like(tail_max), largest=largest)
 
 
 def kernel_for(device: torch.device) -> RowKernel:
