@@ -17,7 +17,7 @@ from ops import triton_kernels
 from ops.rows import Reduced
 from ops.torch_rows import TorchRows
 
-_MIN_IDS = 16
+_MIN_LANES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def _warps(lanes: int, *, per_thread: int) -> int:
 
 
 def _power_of_two(count: int) -> int:
-    return max(_MIN_IDS, triton.next_power_of_2(count))
+    return max(_MIN_LANES, 1 << max(0, count - 1).bit_length())
 
 
 @functools.cache

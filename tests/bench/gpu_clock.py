@@ -128,7 +128,7 @@ def write_profile(run: Work, before: Work, path: Path) -> None:
         run()
         torch.cuda.synchronize()
     events = found.key_averages()
-    path.write_text(events.table(sort_by="self_cuda_time_total", row_limit=100, max_name_column_width=90))
+    path.write_text(events.table(sort_by="self_device_time_total", row_limit=100, max_name_column_width=90))
     kernels = [event for event in events if event.device_type.name == "CUDA" and event.self_device_time_total > 0]
     total_us, count = sum(event.self_device_time_total for event in kernels), sum(event.count for event in kernels)
     say(f"profile of one call: {count} kernels, {total_us / 1000:.3f} ms on the device")

@@ -114,7 +114,7 @@ def _liger(module: str) -> Any:
         return None
     try:
         return importlib.import_module(f"liger_kernel.transformers.{module}")
-    except ImportError as error:
+    except (ImportError, RuntimeError, AttributeError) as error:  # of another torch or transformers
         say(f"liger-kernel cannot be imported and is not measured: {error}")
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from ops import (
     TeacherScores,
     divergence,
     linear_divergence,
+    linear_divergence_with_gradients,
     reference_divergence,
 )
 from ops.rows import kernel_for
@@ -39,9 +40,19 @@ def everywhere_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops.listed, "kernel_for", chosen)
 
 
+def each_tensor(change: Callable[[Tensor], Tensor], scores: TeacherScores) -> TeacherScores:
+    return TeacherScores(
+        top_ids=change(scores.top_ids),
+        top_logprobs=change(scores.top_logprobs),
+        sampled_ids=change(scores.sampled_ids),
+        sampled_logprobs=change(scores.sampled_logprobs),
+        extra_logprobs=None if scores.extra_logprobs is None else change(scores.extra_logprobs),
+        extra_ids=None if scores.extra_ids is None else change(scores.extra_ids),
+    )
+
+
 def on(device: str, scores: TeacherScores) -> TeacherScores:
-    moved = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    return TeacherScores(**{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
+    return each_tensor(lambda tensor: tensor.to(device), scores)
 
 
 def value_and_gradient(
@@ -54,9 +65,8 @@ def value_and_gradient(
     return values.detach(), leaf.grad
 
 
-def sampled_rows(scores: TeacherScores, rows: Tensor) -> TeacherScores:
-    moved = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    return TeacherScores(**{name: None if tensor is None else tensor[rows] for name, tensor in moved.items()})
+def rows_of(scores: TeacherScores, rows: Tensor) -> TeacherScores:
+    return each_tensor(lambda tensor: tensor[rows], scores)
 
 
 @on_each_device
@@ -119,7 +129,7 @@ def test_objectives_at_full_size_are_those_in_float64() -> None:
     """All of one test: the tensors are large, and made once. A sample of rows is computed again by plain torch."""
     logits, scores = make_large()
     rows = torch.tensor([0, 1, 2, 7, 4095, 4096, 8190, 8191], device="cuda")
-    few, few_scores = logits[rows].double(), sampled_rows(scores, rows)
+    few, few_scores = logits[rows].double(), rows_of(scores, rows)
     leaf = torch.empty_like(logits).requires_grad_()
 
     for objective in OBJECTIVES:
@@ -149,7 +159,7 @@ def test_objectives_at_full_size_are_those_in_float64() -> None:
 @pytest.mark.gpu
 def test_padded_columns_and_a_loss_scale_per_row() -> None:
     logits, scores = make_large()
-    logits, scores = logits[:64], sampled_rows(scores, torch.arange(64, device="cuda"))
+    logits, scores = logits[:64], rows_of(scores, torch.arange(64, device="cuda"))
     logits[:, 151_669:] = torch.nan
     scale = torch.linspace(-2.0, 3.0, 64, device="cuda")
     exact = logits[:, :151_669].double().requires_grad_()
@@ -171,7 +181,7 @@ def test_the_head_fused_on_a_card_is_the_divergence_of_its_product(objective: Ob
     num_rows, hidden_size = 512, 512
     random = torch.Generator("cuda").manual_seed(0)
     _, scores = make_large()
-    scores = sampled_rows(scores, torch.arange(num_rows, device="cuda"))
+    scores = rows_of(scores, torch.arange(num_rows, device="cuda"))
 
     def leaf(*shape: int, scale: float) -> Tensor:
         return (torch.randn(*shape, generator=random, device="cuda") * scale).bfloat16().requires_grad_()
@@ -193,3 +203,25 @@ def test_the_head_fused_on_a_card_is_the_divergence_of_its_product(objective: Ob
         (weight.grad, logits.grad.double().t() @ hidden.detach().double()),
     ):
         assert float((gradient.double() - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+def test_the_heads_gradient_is_summed_in_its_own_dtype() -> None:
+    """Blocks in bfloat16, their sum in float32: no digit of a block is lost to those before."""
+    num_rows, vocab_size, hidden_size = 512, 5000, 64
+    random = torch.Generator("cuda").manual_seed(0)
+    case = make_case(num_rows=num_rows, vocab_size=vocab_size, top_k=16)
+    scores = on("cuda", case.scores)
+    hidden = torch.randn(num_rows, hidden_size, generator=random, device="cuda").bfloat16()
+    weight = (torch.randn(vocab_size, hidden_size, generator=random, device="cuda") * 0.3).bfloat16()
+    found = torch.ones(vocab_size, hidden_size, device="cuda")
+    logits = torch.mm(hidden, weight.t()).requires_grad_()
+    torch.autograd.backward(divergence(ForwardKL(), logits, scores).values.sum())
+    assert logits.grad is not None
+
+    linear_divergence_with_gradients(
+        ForwardKL(), hidden, weight, scores, hidden_grad=torch.empty_like(hidden), head_grad=found, block_rows=64
+    )
+
+    expected = logits.grad.double().t() @ hidden.double()
+    assert float((found.double() - 1.0 - expected).norm() / expected.norm()) < 1e-3
