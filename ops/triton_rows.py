@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ops import triton_kernels
 from ops.rows import Reduced
 from ops.torch_rows import TorchRows
+from ops.triton_kernels import expand_row, largest_of_tail, prepare_support, reduce_tail
 
 _MIN_LANES = 16
 
@@ -37,6 +37,8 @@ REDUCE = Shape(block=4096, num_warps=8, ahead=True)
 EXPAND = Shape(block=4096, num_warps=8)
 PROGRAMS_PER_PROCESSOR = 16
 """Rows are split until each multiprocessor has so many programs."""
+CANDIDATES_PER_THREAD = 16
+"""Of the search for the k largest."""
 
 
 class TritonRows:
@@ -48,15 +50,16 @@ class TritonRows:
         reduce: Shape = REDUCE,
         expand: Shape = EXPAND,
         programs_per_processor: int = PROGRAMS_PER_PROCESSOR,
+        candidates_per_thread: int = CANDIDATES_PER_THREAD,
     ) -> None:
         self._reduce, self._expand = reduce, expand
-        self._programs_per_processor = programs_per_processor
+        self._programs_per_processor, self._candidates_per_thread = programs_per_processor, candidates_per_thread
         self._torch = TorchRows()
 
     def reduce(self, logits: Tensor, ids: Tensor, *, num_columns: int, k: int) -> Reduced:
         if logits.dtype == torch.float64:
             return self._torch.reduce(logits, ids, num_columns=num_columns, k=k)
-        logits, ids = _walkable(logits), ids.contiguous()
+        ids = ids.contiguous()
         num_rows, width = logits.shape
         sorted_ids, support_logits = self._prepare_support(logits, ids)
 
@@ -66,7 +69,7 @@ class TritonRows:
         num_splits, blocks_per_split = self._splits(num_rows, num_columns, self._reduce.block, logits.device)
         maxima, sums = support_logits.new_empty((2, num_rows, num_splits))
         if num_rows:
-            triton_kernels.reduce_tail[(num_rows * num_splits,)](
+            reduce_tail[(num_rows * num_splits,)](
                 logits,
                 logits.stride(0),
                 num_columns,
@@ -90,7 +93,7 @@ class TritonRows:
             support_logits=support_logits,
             tail_max=tail_max,
             tail_sum=tail_sum,
-            largest=_largest(logits, num_columns, sorted_ids, chunk_max, chunk, k),
+            largest=self._largest(logits, num_columns, sorted_ids, chunk_max, chunk, k),
         )
 
     def expand(
@@ -115,12 +118,11 @@ class TritonRows:
                 support_gradient=support_gradient,
             )
             return
-        logits = _walkable(logits)
         num_rows, width = logits.shape
         if num_rows == 0:
             return
         num_splits, blocks_per_split = self._splits(num_rows, width, self._expand.block, logits.device)
-        triton_kernels.expand_row[(num_rows * num_splits,)](
+        expand_row[(num_rows * num_splits,)](
             out,
             out.stride(0),
             logits,
@@ -147,7 +149,7 @@ class TritonRows:
         sorted_ids = torch.empty((num_rows, padded), dtype=torch.int32, device=logits.device)
         support_logits = torch.empty((num_rows, num_ids), dtype=torch.float32, device=logits.device)
         if num_rows:
-            triton_kernels.prepare_support[(num_rows,)](
+            prepare_support[(num_rows,)](
                 logits,
                 logits.stride(0),
                 ids,
@@ -159,38 +161,39 @@ class TritonRows:
             )
         return sorted_ids, support_logits
 
+    def _largest(
+        self, logits: Tensor, num_columns: int, sorted_ids: Tensor, chunk_max: Tensor, chunk: int, k: int
+    ) -> Tensor:
+        largest = torch.empty((logits.shape[0], k), dtype=torch.float32, device=logits.device)
+        if not largest.numel():
+            return largest
+        num_chunks = triton.cdiv(num_columns, chunk)
+        padded_k, padded_chunks = _power_of_two(k), _power_of_two(num_chunks)
+        largest_of_tail[(logits.shape[0],)](
+            logits,
+            logits.stride(0),
+            num_columns,
+            sorted_ids,
+            chunk_max,
+            chunk_max.shape[1],
+            num_chunks,
+            torch.empty((logits.shape[0], padded_k), dtype=torch.int32, device=logits.device),
+            largest,
+            k,
+            IDS=sorted_ids.shape[1],
+            CHUNKS=padded_chunks,
+            CHUNK=chunk,
+            K=padded_k,
+            num_warps=_warps(max(padded_k * chunk, padded_chunks), per_thread=self._candidates_per_thread),
+        )
+        return largest
+
     def _splits(self, num_rows: int, num_columns: int, block: int, device: torch.device) -> tuple[int, int]:
         """Into how many programs a row is split, and how many tiles each of them gets."""
         num_blocks = max(1, triton.cdiv(num_columns, block))
         wanted = triton.cdiv(self._programs_per_processor * _num_processors(device), max(1, num_rows))
         blocks_per_split = triton.cdiv(num_blocks, min(wanted, num_blocks))
         return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
-
-
-def _largest(logits: Tensor, num_columns: int, sorted_ids: Tensor, chunk_max: Tensor, chunk: int, k: int) -> Tensor:
-    largest = torch.empty((logits.shape[0], k), dtype=torch.float32, device=logits.device)
-    if not largest.numel():
-        return largest
-    num_chunks = triton.cdiv(num_columns, chunk)
-    padded_k, padded_chunks = _power_of_two(k), _power_of_two(num_chunks)
-    triton_kernels.largest_of_tail[(logits.shape[0],)](
-        logits,
-        logits.stride(0),
-        num_columns,
-        sorted_ids,
-        chunk_max,
-        chunk_max.shape[1],
-        num_chunks,
-        torch.empty((logits.shape[0], padded_k), dtype=torch.int32, device=logits.device),
-        largest,
-        k,
-        IDS=sorted_ids.shape[1],
-        CHUNKS=padded_chunks,
-        CHUNK=chunk,
-        K=padded_k,
-        num_warps=_warps(max(padded_k * chunk, padded_chunks), per_thread=16),
-    )
-    return largest
 
 
 def _merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,14 +207,7 @@ def _merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk(num_columns: int, k: int) -> int:
     """Columns per chunk: the search looks at num_columns / chunk maxima and at k·chunk columns, here nearly as many."""
-    if k == 0:
-        return 64
-    balanced = (num_columns / k) ** 0.5
-    return min((16, 32, 64, 128), key=lambda chunk: max(num_columns / chunk, k * chunk) if balanced else chunk)
-
-
-def _walkable(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 or logits.shape[1] <= 1 else logits.contiguous()
+    return min((16, 32, 64, 128), key=lambda chunk: max(num_columns / chunk, k * chunk)) if k else 64
 
 
 def _aligned(count: int) -> int:

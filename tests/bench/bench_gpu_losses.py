@@ -118,9 +118,19 @@ class Kernels:
             both_ms[programs] = self.reduce_ms(kernel) + self.expand_ms(kernel)
             say(f"sweep programs_per_processor={programs}: {both_ms[programs]:.3f} ms for both")
         best = min(both_ms, key=both_ms.__getitem__)
-        say(f"best: reduce {best_reduce}, expand {best_expand}, programs_per_processor={best}\n")
-        found = TritonRows(reduce=best_reduce, expand=best_expand, programs_per_processor=best)
-        setattr(ops.listed, "kernel_for", lambda device: found)  # noqa: B010
+        search_ms = {}
+        for candidates in (8, 16, 32, 64):
+            search_ms[candidates] = self.reduce_ms(TritonRows(reduce=best_reduce, candidates_per_thread=candidates))
+            say(f"sweep candidates_per_thread={candidates}: {search_ms[candidates]:.3f} ms")
+        candidates = min(search_ms, key=search_ms.__getitem__)
+        found = TritonRows(
+            reduce=best_reduce,
+            expand=best_expand,
+            programs_per_processor=best,
+            candidates_per_thread=candidates,
+        )
+        say(f"best: {best_reduce}, {best_expand}, {best} programs per processor, {candidates} candidates per thread\n")
+        setattr(ops.listed, "kernel_for", lambda device, **options: found)  # noqa: B010
 
     def measure(self, table: Table) -> None:
         kernel = getattr(ops.listed, "kernel_for")(self.logits.device)  # noqa: B009

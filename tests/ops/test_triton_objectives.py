@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def everywhere_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors, too, go to the Triton kernels, in tiles that short rows have several of."""
     shape = Shape(block=128, num_warps=4, ahead=True)
 
-    def chosen(device: torch.device) -> object:
-        return kernel_for(device) if device.type == "cuda" else TritonRows(reduce=shape, expand=shape)
+    def chosen(device: torch.device, **options: Any) -> object:
+        return kernel_for(device, **options) if device.type == "cuda" else TritonRows(reduce=shape, expand=shape)
 
     monkeypatch.setattr(ops.listed, "kernel_for", chosen)
 
