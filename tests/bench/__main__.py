@@ -50,6 +50,7 @@ BENCHES = (
     Bench("report"),
     Bench("simulation"),
     Bench("end_to_end"),
+    Bench("gpu_losses", is_quick=False, reports=False),
     Bench("main_job", is_quick=False),
 )
 
