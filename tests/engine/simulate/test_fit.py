@@ -20,7 +20,6 @@ from engine.simulate.lengths import Drawn, Observed
 from engine.simulate.simulation import simulate
 from tests.e2e.runs import ROOT
 
-
 T = "2026-01-02T03:04:05.000000+00:00"
 
 
