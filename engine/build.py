@@ -416,7 +416,7 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
         teacher=parts.teacher,
         measure=measure,
         params=msgspec.structs.replace(
-            parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens
+            parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens, num_top_ids=0
         ),
         top_k=config.top_k or recipe.teacher.top_k,
         alone=recipe.deterministic,

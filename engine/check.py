@@ -142,6 +142,7 @@ def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
         top_p=sampler.top_p,
         top_k=sampler.top_k,
         stop_ids=student.stop_ids if sampler.stop_ids is None else sampler.stop_ids,
+        num_top_ids=recipe.objective.num_top_ids,
     )
 
 
@@ -308,6 +309,11 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
         raise TeacherMismatch(
             f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k "
             "or evaluation.top_k, or start the teacher with a larger --max-top-k"
+        )
+    if recipe.objective.num_top_ids > student.vocab_size:
+        raise RecipeError(
+            f"objective: k={recipe.objective.num_top_ids} of the student's most likely ids, and its vocabulary has "
+            f"{student.vocab_size:,}; lower k"
         )
     longest = _longest(recipe)
     if longest > info.max_length:

@@ -24,14 +24,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
+from engine.packed_linear import pack_linears
 from engine.precision import compute_dtype
 from engine.recipe import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
+from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
 from teacher.fingerprint import fingerprint, weights_fingerprint
 from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
+from teacher.top_k import top_k_by_id
 
 Layout = Literal["tree", "packed", "padded", "single"]
 """One trie with attention by branch; one trie with a mask; rows of similar length; one request at a time."""
@@ -40,8 +43,6 @@ Layout = Literal["tree", "packed", "padded", "single"]
 # A wrong mask or a forgotten scale is off by more than a tenth; summing in another order by 1e-6 and, in half
 # precision, by a few hundredths.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-_TIE_ROOM = 64
-"""Candidates beyond the k-th that are looked at, to see all that equal it."""
 
 
 class TorchStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -336,6 +337,8 @@ class TorchBackend:
                 f"{self._model.dtype} wide enough for them?"
             )
         scale = self._tolerance(expected)
+        if self._device.type == "cpu":
+            self._hasten()
         self._attention = self._model.config._attn_implementation
         self.use_layout("single")
         self._head = self._find_head(probes, expected, scale)
@@ -344,6 +347,13 @@ class TorchBackend:
             if self._deviation(probes, expected) <= scale:
                 break
         self._forward_passes = self._computed_tokens = 0
+
+    def _hasten(self) -> None:
+        """What head and layouts are compared with was computed before: a mistake in here is found by ``_find_head``."""
+        use_own_norms(self._model)
+        # In float32 its rounding adds up to more than the 1e-4 nats that answers may lie from a plain pass.
+        if self._dtype == torch.bfloat16:
+            pack_linears(self._model, device=self._device)
 
     def _find_head(self, probes: list[npt.NDArray[np.int64]], expected: Tensor, scale: float) -> Head:
         probe = torch.from_numpy(probes[0])[None].to(self._device)
@@ -399,6 +409,7 @@ class LinearHead:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] in the model's dtype; valid until the next call."""
         layer = self._layer
+        # A packed layer is faster than what is saved by keeping the block.
         if type(layer) is not nn.Linear or layer.bias is not None:
             logits: Tensor = layer(hidden_RD)
             return logits
@@ -470,30 +481,6 @@ def _score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) ->
     # In place: a second block of full-vocabulary rows would double what is held.
     log_total = logits_RV.sub_(highest).exp_().sum(dim=-1, keepdim=True).log_().add_(highest)
     return top_ids, top - log_total, looked_up - log_total[rows, 0]
-
-
-def top_k_by_id(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, equal values by id ascending: also which of several equal ones are in.
-
-    ``torch.topk`` promises no order among equal values, and half-precision logits are full of them.
-
-    Returns:
-        ids [R, k] int32 and values [R, k].
-    """
-    num_candidates = min(values_RV.shape[-1], k + _TIE_ROOM)
-    values, ids = torch.topk(values_RV, num_candidates, dim=-1)
-    ids, order = ids.sort(dim=-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    last = values[:, -1].clone()
-    values, ids = values[:, :k], ids[:, :k]
-    if num_candidates < values_RV.shape[-1]:
-        # More values equal to the k-th than there was room for: take these rows one by one.
-        for row in torch.nonzero(last == values[:, -1]).flatten().tolist():
-            tied = torch.nonzero(values_RV[row] >= last[row]).flatten()
-            values[row], order = (part[:k] for part in values_RV[row, tied].sort(descending=True, stable=True))
-            ids[row] = tied[order]
-    return ids.to(torch.int32), values
 
 
 def _one_line(error: Exception) -> str:

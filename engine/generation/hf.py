@@ -257,6 +257,10 @@ class HFGenerator:
             low, high = min(request.token_ids), max(request.token_ids)
             if low < 0 or high >= vocab:
                 raise ValueError(f"{name} has token ids from {low} to {high}; the model knows 0 to {vocab - 1}")
+            if request.params.num_top_ids > vocab:
+                raise ValueError(
+                    f"{name} asks for the {request.params.num_top_ids} most likely ids; the model knows {vocab}"
+                )
             num_prompt, num_new = len(request.token_ids), request.params.max_new_tokens
             if limit is not None and num_prompt + num_new > limit:
                 raise ValueError(
@@ -309,7 +313,7 @@ class HFGenerator:
         device = torch.device(config.device)
         ready = load_decodable(self._student, dtype=compute_dtype(config.dtype, device), device=device)
         use_own_stream(device)
-        decoder = Decoder(ready.model, num_slots=config.num_slots, version=self._first_version)
+        decoder = Decoder(ready, num_slots=config.num_slots, version=self._first_version)
         return Loaded(decoder, ready.staging, ready.vocab_size, ready.max_positions)
 
     def _is_ready(self) -> bool:

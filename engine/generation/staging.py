@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import WeightsMismatch
-from engine.generation.packed import PackedLinear
 from engine.generation.protocol import Bucket
+from engine.packed_linear import PackedLinear
 from engine.transport.handoff import Ticket, consume, publish
 from engine.transport.manifest import WeightDigest
 

@@ -64,8 +64,8 @@ class TestHF(GeneratorContract):
         arch, _, packed = request.param.partition(" ")
         if packed:
             # These models are too small for it to pay; what is packed must keep the contract all the same.
-            monkeypatch.setattr("engine.generation.packed._MIN_ELEMENTS", 0)
-            monkeypatch.setattr("engine.generation.packed._NUM_PLAIN_BLOCKS", 0)
+            monkeypatch.setattr("engine.packed_linear._MIN_ELEMENTS", 0)
+            monkeypatch.setattr("engine.packed_linear._NUM_PLAIN_BLOCKS", 0)
         started: list[HFGenerator] = []
 
         async def start() -> Generator:
