@@ -60,7 +60,7 @@ class Node:
         self._on_start = on_start
         self._supervisor = Supervisor(parts.clock)
         for actor in built.actors:
-            self._supervisor.add(actor, restart=built.restarts[actor.name])
+            self._supervisor.add(actor, restart=built.restarts[actor.name], at_end=built.at_end.get(actor.name))
         self._port = HttpPort(
             parts.recipe.node,
             is_ready=self._is_ready,
