@@ -533,6 +533,9 @@ def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Pa
 
     assert "1 of 9 rows do not fit" in refuse(recipe, *arguments)
     assert "1 filtered" in run(recipe, *arguments, "--set", "data.too_long=filter").stdout
+    filtered = ("--set", f"data.path={path}", "--set", "data.num_rows=null", "--set", "data.too_long=filter")
+    stderr = run(recipe, "--out", str(tmp_path / "o"), *filtered, "--set", "steps=1").stderr
+    assert f"{path}: 1 rows do not fit and are left out, 8 remain" in stderr
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_run(world: World, tmp_path: Path, refuse: Refuse) -> None:
