@@ -81,8 +81,12 @@ def no_columns(ids: Tensor, *, k: int, dtype: torch.dtype) -> Reduced:
     return Reduced(support_logits, tail_max=tail_max, tail_sum=torch.zeros_like(tail_max), largest=largest)
 
 
-def kernel_for(device: torch.device) -> RowKernel:
-    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere."""
+def kernel_for(device: torch.device, *, kept_rows: int) -> RowKernel:
+    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere.
+
+    Args:
+        kept_rows: of how many rows the kernel may keep a copy from ``reduce`` to ``expand``.
+    """
     if device.type == "cuda" and _has_triton():
         from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
 
@@ -90,7 +94,7 @@ def kernel_for(device: torch.device) -> RowKernel:
         return kernel
     from ops.torch_rows import TorchRows
 
-    return TorchRows()
+    return TorchRows(kept_rows)
 
 
 @functools.cache
