@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ops.coarse import coarsen, entropy, finite, merge, student
+from ops.kernels import kernel_for
 from ops.objectives import Objective
-from ops.rows import RowKernel, kernel_for, no_columns
+from ops.rows import RowKernel, no_columns
 from ops.scores import Support, TeacherScores, check_ids, support_of
 from ops.shards import Shard, Whole, combine
 from ops.solve import Conditions, solve, wants_student_ids
