@@ -11,18 +11,14 @@ from ops.rows import RowKernel
 from ops.torch_rows import TorchRows
 
 
-def kernel_for(device: torch.device, *, kept_rows: int) -> RowKernel:
-    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere.
-
-    Args:
-        kept_rows: of how many rows the kernel may keep a copy from ``reduce`` to ``expand``.
-    """
+def kernel_for(device: torch.device) -> RowKernel:
+    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere."""
     if device.type == "cuda" and _has_triton():
         from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
 
         kernel: RowKernel = TritonRows()
         return kernel
-    return TorchRows(kept_rows)
+    return TorchRows()
 
 
 @functools.cache
