@@ -418,11 +418,16 @@ def _not_in_use(out: Path) -> None:
 
 def _earlier_run(recipe: Recipe, prompts: PromptSet | None, out: Path) -> tuple[str, None]:
     run = RunDir.resume(out, recipe)
-    if prompts is not None and run.ledger.exists():
-        Ledger.open(
-            run.ledger, run_name=recipe.name, seed=recipe.seed, identity=ledger_identity(recipe, prompts)
-        ).close()
     checkpoint = CheckpointStore(run.checkpoints, keep=recipe.checkpoint.keep).latest()
+    if checkpoint is not None and not run.ledger.exists():
+        raise RunDirError(
+            f"{run.ledger}: the ledger is gone, and with it what the checkpoint of step {checkpoint.step} was trained "
+            "on; restore it from a copy, or start a new run in another folder"
+        )
+    if prompts is not None and run.ledger.exists():
+        identity = ledger_identity(recipe, prompts)
+        with Ledger.open(run.ledger, run_name=recipe.name, seed=recipe.seed, identity=identity) as ledger:
+            ledger.check_holds(checkpoint.step if checkpoint is not None else 0)
     if checkpoint is None:
         return f"{out} has no checkpoint yet: the run begins anew", None
     return f"{out} goes on after step {checkpoint.step}", None

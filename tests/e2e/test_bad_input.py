@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -459,6 +461,30 @@ def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
         _flip_a_bit(out / "checkpoints" / f"step_{step:06d}" / "student" / "model.safetensors")
     for check in ((), ("--check",)):
         assert "none of the 2 checkpoints" in refuse(recipe, "--out", str(out), "--resume", *check)
+
+
+@pytest.mark.parametrize("damage", ["gone", "emptied"])
+def test_a_ledger_that_is_not_the_checkpoints_is_told_by_the_check(
+    world: World, tmp_path: Path, damage: str, refuse: Refuse
+) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
+    run(recipe, "--out", str(out), "--json", "--set", "steps=2")
+    if damage == "gone":
+        (out / "ledger.sqlite").unlink()
+    else:
+        with closing(sqlite3.connect(out / "ledger.sqlite")) as ledger:
+            ledger.execute("DELETE FROM rollouts")
+            ledger.commit()
+
+    for check in ((), ("--check",)):
+        text = refuse(recipe, "--out", str(out), "--resume", *check)
+        assert ("the ledger is gone" if damage == "gone" else "the ledger holds 0 of the steps") in text
+
+
+def test_measurements_that_cannot_be_read_are_one_line(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "o" / "evaluations.jsonl").mkdir(parents=True)
+
+    assert "evaluations.jsonl: cannot be read" in refuse(world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o"))
 
 
 def _flip_a_bit(path: Path) -> None:
