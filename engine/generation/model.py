@@ -17,7 +17,8 @@ from engine.errors import ModelError
 from engine.generation.attention import plain_mask, use_slot_attention
 from engine.generation.kv_cache import SlotCache
 from engine.generation.packed import pack_linears, unpack_linears
-from engine.generation.staging import StagingArea, tensor_groups
+from engine.generation.staging import StagingArea
+from engine.generation.version import tensor_groups
 from engine.recipe import StudentConfig
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
