@@ -129,6 +129,13 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     """CPU threads of the decode loop."""
     vllm: VllmConfig = VllmConfig()
 
+    def __post_init__(self) -> None:
+        if self.backend == "vllm" and self.device == "cpu" and self.vllm.kv_cache_bytes is None:
+            raise RecipeError(
+                "sampler.backend='vllm' with sampler.device='cpu' needs sampler.vllm.kv_cache_bytes, or it would take "
+                "nine tenths of the machine's memory; 268435456 (256 MiB) is enough for small models"
+            )
+
 
 class HttpTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="http"):
     """One or more replicas of the teacher service (``python -m teacher``)."""
