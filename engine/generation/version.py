@@ -18,8 +18,8 @@ class TensorGroup(NamedTuple):
 
     names: tuple[str, ...]
     shape: torch.Size
-    is_parameter: bool
-    """A version without it is incomplete; a buffer may stay as it is."""
+    is_required: bool
+    """A version without it is incomplete; where a generator allows it, a buffer may stay as it is."""
 
 
 def tensor_groups(model: nn.Module) -> list[TensorGroup]:
@@ -91,7 +91,7 @@ class Arrival:
             WeightsMismatch: what came has another digest.
         """
         groups = enumerate(self._groups)
-        missing = [g.names[0] for index, g in groups if g.is_parameter and index not in self._arrived]
+        missing = [g.names[0] for index, g in groups if g.is_required and index not in self._arrived]
         if missing:
             raise ValueError(
                 f"weights: {len(missing)} parameters did not come, among them {missing[0]!r}; a version is all of them "

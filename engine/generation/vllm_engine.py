@@ -88,19 +88,18 @@ class VllmEngine:
             GeneratorDied: the engine did not come up.
         """
         starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
-        making = asyncio.get_running_loop().run_in_executor(
-            starter, lambda: _make(config, student, max_length, on_step)
-        )
+        made: list[Any] = []
+        making = asyncio.get_running_loop().run_in_executor(starter, _make, config, student, max_length, on_step, made)
         try:
-            engine = await asyncio.shield(making)
+            await asyncio.shield(making)
         except asyncio.CancelledError:
             # It cannot be interrupted; what it makes must not be left behind.
-            making.add_done_callback(lambda made: _discard(made, starter))
+            making.add_done_callback(lambda _: _discard(made, starter))
             raise
         except BaseException:
             starter.shutdown(wait=False)
             raise
-        self = cls(engine, starter)
+        self = cls(made.pop(), starter)
         try:
             # The first request starts vLLM's own tasks; it also compiles what vLLM compiles late.
             await asyncio.wait_for(self._first_token(version), timeout=config.vllm.start_timeout_s)
@@ -287,9 +286,18 @@ def _died() -> GeneratorDied:
 
 
 def _make(
-    config: SamplerConfig, student: StudentConfig, max_length: int | None, on_step: Callable[[StepCounts], None]
-) -> Any:
-    """Blocks until the engine has loaded its model: half a minute and more. In a thread of its own, without a loop."""
+    config: SamplerConfig,
+    student: StudentConfig,
+    max_length: int | None,
+    on_step: Callable[[StepCounts], None],
+    made: list[Any],
+) -> None:
+    """Blocks until the engine has loaded its model: half a minute and more. In a thread of its own, without a loop.
+
+    Args:
+        made: gets the engine. Something in vLLM's start keeps frames of this thread for ever, and with them what is
+            returned through them.
+    """
     device = torch.device(config.device)
     with _environment(_log_settings()):
         # Before the rest of the environment: what these modules read of it at import would hold for this process.
@@ -308,8 +316,10 @@ def _make(
         except ValueError as error:
             raise ModelError(f"student {student.path!r}: vLLM cannot run it as configured: {error}") from error
         try:
-            return AsyncLLM.from_vllm_config(
-                settings, stat_loggers=[_step_counter(on_step)], disable_log_stats=True, enable_log_requests=False
+            made.append(
+                AsyncLLM.from_vllm_config(
+                    settings, stat_loggers=[_step_counter(on_step)], disable_log_stats=True, enable_log_requests=False
+                )
             )
         except Exception as error:  # each process and back end has its own kinds; all mean that there is no engine
             raise GeneratorDied(f"the vLLM engine did not start: {error}; its own messages are on stderr") from error
@@ -320,14 +330,16 @@ def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_lengt
     from vllm.config import WeightTransferConfig
 
     vllm, device = config.vllm, torch.device(config.device)
-    is_cpu = device.type == "cpu"
+    is_cpu, dtype = device.type == "cpu", compute_dtype(config.dtype, device)
     return {
         "model": student.path,
         "skip_tokenizer_init": True,
         "trust_remote_code": student.trust_remote_code,
         # Not the model's own defaults of temperature and top-k: what is drawn is the recipe's.
         "generation_config": "vllm",
-        "dtype": str(compute_dtype(config.dtype, device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        # Latent attention only: where a CPU has AMX vLLM takes kernels that know no float32, and ends.
+        "attention_backend": "CPU_MLA" if is_cpu and dtype == torch.float32 else None,
         "max_model_len": max_length,
         # One more than there are slots: a probe of the weights does not wait for one.
         "max_num_seqs": config.num_slots + 1,
@@ -450,7 +462,7 @@ def _end(last: list[Any]) -> None:
     gc.collect()
 
 
-def _discard(made: asyncio.Future[Any], starter: ThreadPoolExecutor) -> None:
-    if not made.cancelled() and made.exception() is None:
-        starter.submit(_end, [made.result()])
+def _discard(made: list[Any], starter: ThreadPoolExecutor) -> None:
+    if made:
+        starter.submit(_end, made)
     starter.shutdown(wait=False)

@@ -32,4 +32,5 @@ def tensor_groups_of(student: StudentConfig) -> list[TensorGroup]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"student {student.path!r}: not a causal language model: {reason}") from error
     model.tie_weights()
-    return tensor_groups(model)
+    # vLLM loads layer by layer: one that gets only some of its tensors does not keep the others.
+    return [group._replace(is_required=True) for group in tensor_groups(model)]

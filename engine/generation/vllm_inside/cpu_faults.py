@@ -20,21 +20,22 @@ class Fault:
     """One function of vLLM and the one that stands in for it.
 
     Args:
-        owner: class or module whose attribute ``name`` is replaced.
-        mend: gets the original, returns the replacement.
+        owner: class or module whose attribute ``name`` is replaced, for good: layers keep what they found there.
+        mend: gets the original, returns the one to use instead.
     """
 
     def __init__(self, owner: Any, name: str, mend: Callable[[Any], Any]) -> None:
         self._owner = owner
         self._name = name
         self._original = getattr(owner, name)
-        self._replacement = mend(self._original)
+        self._mended = mend(self._original)
+        self.is_mended = True
 
     def install(self) -> None:
-        setattr(self._owner, self._name, self._replacement)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            return (self._mended if self.is_mended else self._original)(*args, **kwargs)
 
-    def remove(self) -> None:
-        setattr(self._owner, self._name, self._original)
+        setattr(self._owner, self._name, choose)
 
 
 def _pack_tied_heads(original: Any) -> Any:

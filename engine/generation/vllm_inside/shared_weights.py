@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,11 @@ class SharedWeightsEngine(WeightTransferEngine):  # type: ignore[misc]
         """Nothing to agree upon."""
 
     def start_weight_update(self) -> None:
-        # Before: the reload takes tied tensors apart.
-        self._expected = {name for name, _ in self.model.named_parameters()}
+        # What the reload takes apart (tied tensors) is there before, what was derived from others (latent attention) is
+        # not there after it: both are expected from nobody.
+        before = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
+        self._expected = before & {name for name, _ in self.model.named_parameters()}
 
     def receive_weights(self, update_info: SharedUpdate) -> None:
         # Mapped anew each time: the pages are in memory already, and a mapping that is kept would keep the memory of a
@@ -63,7 +66,7 @@ class SharedWeightsEngine(WeightTransferEngine):  # type: ignore[misc]
                 f"{missing[0]!r}: it knows this architecture's tensors by other names than were sent"
             )
 
-    def update_weights(self, update_info: dict[str, object]) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         """The base class synchronises the accelerator, which a CPU has not."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":

@@ -5,6 +5,8 @@ Runs in vLLM's processes, before a model is loaded. Nothing in our own process i
 
 from __future__ import annotations
 
+import os
+
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
@@ -25,9 +27,9 @@ if current_platform.is_cpu():
 class WorkerExtension:
     """Mixed into vLLM's worker class; its methods are called by ``AsyncLLM.collective_rpc``."""
 
-    def show_cpu_fault(self, name: str) -> None:
-        """Take the patch of one fault away, to see whether vLLM still has it."""
-        cpu_faults.FAULTS[name].remove()
+    def process_id(self) -> int:
+        return os.getpid()
 
-    def hide_cpu_fault(self, name: str) -> None:
-        cpu_faults.FAULTS[name].install()
+    def mend_cpu_fault(self, name: str, is_mended: bool) -> None:
+        """Switch one patch off, to see whether vLLM still has the fault, and on again."""
+        cpu_faults.FAULTS[name].is_mended = is_mended
