@@ -84,7 +84,7 @@ def test_a_command_in_the_docs_can_be_typed(command: Command) -> None:
     program, *arguments = command.words
     if program == "make":
         check_make(arguments)
-    elif program == "python" or program == ".venv/bin/python":
+    elif program in ("python", ".venv/bin/python", ".venv-vllm/bin/python"):
         check_python(arguments)
     elif program.startswith(".venv/bin/"):
         tool = program.removeprefix(".venv/bin/")
