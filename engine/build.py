@@ -21,8 +21,9 @@ from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.teacher_proxy import TeacherProxy
 from engine.actors.trained_answer import describe
+from engine.actors.weight_probe import WeightProbe
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
-from engine.check import Inputs, ledger_identity, load_scorer, sampling_params
+from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
 from engine.errors import ClosedChannel, EndOfChannel, RecipeError, UserError, WouldBlock
@@ -80,7 +81,7 @@ def standard_graph(recipe: Recipe) -> Graph:
                 consumes="prompts",
                 produces="rollouts",
                 restart=_RESTARTS,
-                about=f"{recipe.sampler.backend} on {recipe.sampler.device}, {recipe.sampler.num_slots} slots",
+                about=f"{recipe.sampler.backend} on {recipe.sampler.device}, {_num_slots(recipe)} slots",
             ),
             ActorSpec(
                 name="teacher_proxy",
@@ -141,7 +142,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
     except BaseException:
         ledger.close()
         raise
-    syncer_worker = Worker("weight_syncer")
+    learner_worker, syncer_worker = Worker("learner"), Worker("weight_syncer")
     generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
     return Parts(
         recipe=recipe,
@@ -158,9 +159,9 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         trainer=trainer,
         teacher=_teacher(recipe),
         params=sampling_params(recipe, inputs.student),
-        learner_worker=Worker("learner"),
+        learner_worker=learner_worker,
         syncer_worker=syncer_worker,
-        sampler_concurrency=sampler_concurrency(recipe, num_slots=recipe.sampler.num_slots),
+        sampler_concurrency=sampler_concurrency(recipe, num_slots=_num_slots(recipe)),
         teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
         weights_lock=weights_lock,
         push_weights=WeightPush(
@@ -170,8 +171,15 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
             config=recipe.weights,
             weights_lock=weights_lock,
             worker=syncer_worker,
+            probe=_weight_probe(recipe, inputs, generator, trainer, learner_worker),
         ),
     )
+
+
+def _num_slots(recipe: Recipe) -> int:
+    """Answers that are decoded side by side."""
+    sampler = recipe.sampler
+    return sampler.num_slots * (sampler.vllm.data_parallel if sampler.backend == "vllm" else 1)
 
 
 def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
@@ -298,9 +306,32 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
 
 
 def _generator(recipe: Recipe) -> Generator:
+    if recipe.sampler.backend == "vllm":
+        from engine.generation.vllm import VllmGenerator
+
+        return VllmGenerator(config=recipe.sampler, student=recipe.student, max_length=longest(recipe))
     from engine.generation.hf import HFGenerator
 
     return HFGenerator(config=recipe.sampler, student=recipe.student)
+
+
+def _weight_probe(
+    recipe: Recipe, inputs: Inputs, generator: Generator, trainer: Trainer, worker: Worker
+) -> WeightProbe | None:
+    if recipe.weights.verify_every == 0:
+        return None
+    from engine.generation.vllm import VllmGenerator
+
+    assert isinstance(generator, VllmGenerator), "the recipe allows no other"
+    return WeightProbe(
+        generator=generator,
+        learner=trainer.score,
+        worker=worker,
+        # With one token more, a prompt of a single one can be compared, too.
+        token_ids=(*next(iter(inputs.prompts)).token_ids, *inputs.student.stop_ids[:1]),
+        every=recipe.weights.verify_every,
+        bound=recipe.weights.verify_bound,
+    )
 
 
 def _trainer(recipe: Recipe) -> Trainer:

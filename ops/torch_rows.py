@@ -40,12 +40,12 @@ class TorchRows:
         tail_max, shift, tail_sum = torch.empty((3, num_rows), dtype=dtype, device=logits.device)
         columns = self._columns(ids, num_columns)
         for rows, z in self._blocks(logits, num_columns, dtype):
-            z[:, :num_columns].copy_(logits[rows, :num_columns])
+            present = z[:, :num_columns].copy_(logits[rows, :num_columns])
             torch.gather(z, 1, columns[rows], out=support_logits[rows])
             z.scatter_(1, columns[rows], -torch.inf)
             tail_max[rows] = _largest(z, largest[rows])
             shift[rows] = _safe_shift(tail_max[rows])
-            torch.sum(_exponentiate(z, shift[rows]), dim=1, out=tail_sum[rows])
+            torch.sum(_exponentiate(present, shift[rows]), dim=1, out=tail_sum[rows])
         tail_sum *= (shift - tail_max.masked_fill(tail_max == -torch.inf, 0.0)).exp_()
         return Reduced(support_logits=support_logits, tail_max=tail_max, tail_sum=tail_sum, largest=largest)
 
@@ -64,10 +64,10 @@ class TorchRows:
         scale = (tail_scale * (shift - tail_shift).exp_()).unsqueeze(1)
         columns = self._columns(ids, num_columns)
         for rows, z in self._blocks(logits, num_columns, tail_shift.dtype):
-            z[:, :num_columns].copy_(logits[rows, :num_columns])
-            _exponentiate(z, shift[rows]).mul_(scale[rows])
+            present = z[:, :num_columns].copy_(logits[rows, :num_columns])
+            _exponentiate(present, shift[rows]).mul_(scale[rows])
             z.scatter_(1, columns[rows], support_gradient[rows])
-            out[rows, :num_columns].copy_(z[:, :num_columns])
+            out[rows, :num_columns].copy_(present)
         out[:, num_columns:] = 0.0
 
     def _columns(self, ids: Tensor, num_columns: int) -> Tensor:
@@ -75,16 +75,15 @@ class TorchRows:
         return ids.masked_fill(ids < 0, _buffer_columns(num_columns) - 1)
 
     def _blocks(self, logits: Tensor, num_columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows, and as many of the buffer [rows, whole chunks], −inf behind the last column that exists."""
+        """Some rows, and as many of the buffer [rows, whole chunks], at first −inf behind the columns that exist."""
         num_rows, width = len(logits), _buffer_columns(num_columns)
         step = min(num_rows, max(1, _CACHED_BYTES // (width * dtype.itemsize)))
         if self._buffer.shape != (step, width) or self._buffer.dtype != dtype:
             self._buffer = torch.empty((step, width), dtype=dtype, device=logits.device)
+        self._buffer[:, num_columns:] = -torch.inf
         for start in range(0, num_rows, max(step, 1)):
             rows = slice(start, min(start + step, num_rows))
-            z = self._buffer[: rows.stop - start]
-            z[:, num_columns:] = -torch.inf
-            yield rows, z
+            yield rows, self._buffer[: rows.stop - start]
 
 
 def _buffer_columns(num_columns: int) -> int:

@@ -89,12 +89,17 @@ def tree_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return plain
-    num_groups = query.shape[1] // key.shape[1]
-    lengths = tree.lengths
-    dtype = query.dtype
-    if dtype in (torch.bfloat16, torch.float16) and query.requires_grad and query.device.type == "cpu":
+    if query.dtype in (torch.bfloat16, torch.float16) and query.requires_grad and query.device.type == "cpu":
         # torch's backward pass in half precision on CPU: 8 segments of 57 rows took 22 ms a layer, in float32 9.
-        query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):  # it would narrow them again
+            wide = _by_segment(query.float(), key.float(), value.float(), tree, scaling)
+        return wide.to(query.dtype).transpose(1, 2), None
+    return _by_segment(query, key, value, tree, scaling).transpose(1, 2), None
+
+
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scaling: float | None) -> Tensor:
+    """[1, H, N, E]"""
+    num_groups, lengths = query.shape[1] // key.shape[1], tree.lengths
     # One split per tensor: its backward pass is one cat, where slices would each fill a whole gradient with zeros.
     queries = torch.split(query, lengths, dim=2)
     keys = torch.split(repeat_kv(key, num_groups), lengths, dim=2)
@@ -112,7 +117,7 @@ def tree_attention(
                 scale=scaling,
             )
         )
-    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2), None
+    return torch.cat(outputs, dim=2)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

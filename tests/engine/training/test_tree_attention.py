@@ -70,15 +70,17 @@ def test_without_a_tree_it_is_causal(num_kv_heads: int) -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_only_inputs_and_results_are_rounded(dtype: torch.dtype) -> None:
+def test_in_half_precision_only_inputs_and_results_are_rounded(dtype: torch.dtype, autocast: bool) -> None:
     batch = pack([[1, 2, 3, 4], [1, 2, 5], [6, 7]])
     random = torch.Generator().manual_seed(0)
     half = [torch.randn(1, heads, batch.num_tokens, 8, generator=random).to(dtype) for heads in (4, 2, 2)]
     tree = tree_of(batch, device=torch.device("cpu"))
 
     query, key, value = half
-    out, gradients = run(query, key, value, tree)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        out, gradients = run(query, key, value, tree)
 
     expected, expected_gradients = run(query.double(), key.double(), value.double(), tree)
     assert {out.dtype, *(gradient.dtype for gradient in gradients)} == {dtype}
