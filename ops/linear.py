@@ -39,7 +39,7 @@ def linear_divergence(
     vocab_size: int | None = None,
     vocab_start: int | None = None,
     reduce_hidden_grad: bool = True,
-    block_rows: int = 256,
+    block_rows: int | None = None,
 ) -> Divergence:
     """``divergence`` of the logits ``hidden @ head_weight.T + bias``, which are never whole.
 
@@ -59,7 +59,7 @@ def linear_divergence(
         scores: of the same T positions; or the teacher's logits [T, V] (this rank's [T, W]).
         bias: [V] (this rank's [W]) or None.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, in its dtype.
-        block_rows: largest number of full-vocabulary rows held at a time.
+        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256.
 
         The others are those of ``divergence``.
 
@@ -110,7 +110,7 @@ def linear_divergence_with_gradients(
     vocab_size: int | None = None,
     vocab_start: int | None = None,
     reduce_hidden_grad: bool = True,
-    block_rows: int = 256,
+    block_rows: int | None = None,
     workspace: Tensor | None = None,
 ) -> Divergence:
     """The same outside autograd, for who accumulates gradients of the *sum* of the values himself.
@@ -132,7 +132,7 @@ def linear_divergence_with_gradients(
         clamp=clamp,
     )
     if workspace is not None:
-        block_rows = min(block_rows, workspace.shape[0])
+        block_rows = min(_block_rows(block_rows, hidden), workspace.shape[0])
     head = Head(
         objective,
         hidden,
@@ -186,8 +186,9 @@ class Head:
         vocab_size: int | None,
         vocab_start: int | None,
         *,
-        block_rows: int,
+        block_rows: int | None,
     ) -> None:
+        block_rows = _block_rows(block_rows, hidden)
         check_block_rows(block_rows)
         wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -254,6 +255,11 @@ class Head:
             if gradients.weight is not None:
                 _add_product(gradients.weight[:num_columns], logits.t(), hidden[rows])
         return out
+
+
+def _block_rows(block_rows: int | None, hidden: Tensor) -> int:
+    """Products of fewer than 64 rows are slow, and beyond 256 they get no faster."""
+    return min(256, max(64, -(-len(hidden) // 5))) if block_rows is None else block_rows
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
