@@ -59,8 +59,7 @@ def linear_divergence(
         scores: of the same T positions; or the teacher's logits [T, V] (this rank's [T, W]).
         bias: [V] (this rank's [W]) or None.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, in its dtype.
-        block_rows: largest number of full-vocabulary rows held at a time. None: 256, and 2048 on CUDA, where each block
-            reads and writes the head's whole gradient once and a product of few rows is a slow one.
+        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256.
 
         The others are those of ``divergence``.
 
@@ -133,7 +132,7 @@ def linear_divergence_with_gradients(
         clamp=clamp,
     )
     if workspace is not None:
-        block_rows = workspace.shape[0] if block_rows is None else min(block_rows, workspace.shape[0])
+        block_rows = min(_block_rows(block_rows, hidden), workspace.shape[0])
     head = Head(
         objective,
         hidden,
@@ -189,8 +188,7 @@ class Head:
         *,
         block_rows: int | None,
     ) -> None:
-        if block_rows is None:
-            block_rows = 2048 if hidden.is_cuda else 256
+        block_rows = _block_rows(block_rows, hidden)
         check_block_rows(block_rows)
         wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -257,6 +255,11 @@ class Head:
             if gradients.weight is not None:
                 _add_product(gradients.weight[:num_columns], logits.t(), hidden[rows])
         return out
+
+
+def _block_rows(block_rows: int | None, hidden: Tensor) -> int:
+    """Products of fewer than 64 rows are slow, and beyond 256 they get no faster."""
+    return min(256, max(64, -(-len(hidden) // 5))) if block_rows is None else block_rows
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
