@@ -27,7 +27,7 @@ TEXTS = {document: (ROOT / document).read_text(encoding="utf-8") for document in
 BLOCKS = [block for document, text in TEXTS.items() for block in blocks(document, text)]
 COMMANDS = [command for document, text in TEXTS.items() for command in commands(document, text)]
 
-FOREIGN = {"git", "cd", "curl", "sqlite3", "kill"}
+FOREIGN = {"git", "cd", "curl", "sqlite3", "kill", "pip"}
 """Commands that are not ours to check."""
 
 
