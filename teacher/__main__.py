@@ -27,7 +27,7 @@ from teacher.server import TeacherServer, check_exposure
 from teacher.token import read_token
 
 if TYPE_CHECKING:
-    from teacher.backend_torch import TorchBackend
+    from teacher.batcher import Backend
 
 log = structlog.get_logger()
 
@@ -77,14 +77,14 @@ async def _serve(options: argparse.Namespace) -> int:
 
 
 class _LateBackend:
-    """The torch back end, whose libraries are imported where the model is loaded.
+    """The back end that was asked for, whose libraries are imported where the model is loaded.
 
     They take seconds, in which the port is open already and signals are heard; --help and a wrong token file need none.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._backend: TorchBackend
+        self._backend: Backend
 
     @property
     def info(self) -> TeacherInfo:
@@ -93,26 +93,50 @@ class _LateBackend:
     def load(self) -> None:
         from transformers.utils import logging as transformers_logging
 
-        from teacher.backend_torch import TorchBackend
-
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        options = self._options
-        _check_device(options.device)
-        self._backend = TorchBackend(
-            model=options.model,
-            device=options.device,
-            dtype=options.dtype,
-            num_threads=options.num_threads,
-            block_rows=options.block_rows,
-            max_top_k=options.max_top_k,
-            max_length=options.max_length,
-            padded_tokens=options.max_batch_tokens,
-            trust_remote_code=options.trust_remote_code,
+        _check_device(self._options.device)
+        self._backend = (
+            _vllm_backend(self._options) if self._options.backend == "vllm" else _torch_backend(self._options)
         )
         self._backend.load()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
         return self._backend.score(requests)
+
+
+def _torch_backend(options: argparse.Namespace) -> Backend:
+    from teacher.backend_torch import TorchBackend
+
+    return TorchBackend(
+        model=options.model,
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        block_rows=options.block_rows,
+        max_top_k=options.max_top_k,
+        max_length=options.max_length,
+        padded_tokens=options.max_batch_tokens,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _vllm_backend(options: argparse.Namespace) -> Backend:
+    from teacher.backend_vllm import VllmBackend
+
+    return VllmBackend(
+        model=options.model,
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        block_rows=options.block_rows,
+        max_batch_tokens=options.max_batch_tokens,
+        max_top_k=options.max_top_k,
+        max_length=options.max_length,
+        tensor_parallel=options.tensor_parallel,
+        kv_cache_bytes=options.kv_cache_bytes,
+        memory_share=options.memory_share,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _check_device(name: str) -> None:
@@ -223,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder in Hugging Face format, with tokenizer")
+    add("--backend", default="torch", choices=("torch", "vllm"), help="what computes; vllm needs the package vllm")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=8900, help="0: any free one (see --port-file)")
     add("--port-file", metavar="FILE", help="write the port there once it is open")
@@ -244,6 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-request-bytes", type=_positive, default=16 << 20, metavar="N", help="of one body; then 413")
     add("--linger-ms", type=_milliseconds, default=2.0, metavar="MS", help="wait of an idle teacher for a fuller batch")
     add("--grace-s", type=_seconds, default=60.0, metavar="S", help="longest drain after a signal; then exit code 1")
+    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="vllm: devices that share the model")
+    add("--kv-cache-bytes", type=_positive, metavar="N", help="vllm: memory for keys and values; needed on CPU")
+    add("--memory-share", type=_share, default=0.9, metavar="X", help="vllm, without the above: of a device, for all")
     add("--trust-remote-code", action="store_true", help="run Python code that lies in the model folder")
     add("--log", default="auto", choices=("auto", "json", "human"), help="style of the lines on stderr")
     return parser
@@ -267,6 +295,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value
 
 

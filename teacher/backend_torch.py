@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
@@ -32,8 +32,8 @@ from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
-from teacher.fingerprint import fingerprint, weights_fingerprint
-from teacher.protocol import LOWEST_LOGPROB, PROTOCOL, ScoreRequest, Scores, TeacherInfo
+from teacher.folder import info_of, length_limit, one_line, read_config
+from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, TeacherInfo
 from teacher.top_k import top_k_by_id
 
 Layout = Literal["tree", "packed", "padded", "single"]
@@ -127,27 +127,19 @@ class TorchBackend:
         try:
             self._device = torch.device(self._device_name)
         except RuntimeError as error:
-            raise ModelError(f"device {self._device_name!r} is none that torch knows: {_one_line(error)}") from None
+            raise ModelError(f"device {self._device_name!r} is none that torch knows: {one_line(error)}") from None
         self._dtype = compute_dtype(self._dtype_name, self._device)
-        config, tokenizer = self._read_config()
-        vocab = tokenizer.get_vocab()
+        config, tokenizer = read_config(self._folder, trust_remote_code=self._trust_remote_code)
         self._model = self._read_model(config)
         use_own_stream(self._device)
         config = self._model.config
-        max_length = self._length_limit(config)
+        max_length = length_limit(config, self._max_length, folder=self._folder)
         head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None:
             raise ModelError(f"model folder {str(self._folder)!r} has no output layer; is it a causal language model?")
         vocab_size = int(head.weight.shape[0])
-        self._info = TeacherInfo(
-            model=self._folder.resolve().name,
-            vocab_size=vocab_size,
-            tokenizer_size=len(vocab),
-            tokenizer_fingerprint=fingerprint(tokenizer),
-            max_length=max_length,
-            max_top_k=vocab_size if self._max_top_k is None else min(self._max_top_k, vocab_size),
-            protocol=PROTOCOL,
-            weights_fingerprint=weights_fingerprint(self._folder),
+        self._info = info_of(
+            self._folder, tokenizer, vocab_size=vocab_size, max_length=max_length, max_top_k=self._max_top_k
         )
         with torch.inference_mode():
             self._find_layout(config, max_length)
@@ -236,7 +228,7 @@ class TorchBackend:
             logits_RV = self._head.logits(hidden_ND[torch.from_numpy(unique_R[start:stop]).to(self._device)])
             self._head_rows += stop - start
             self._peak_block_rows = max(self._peak_block_rows, stop - start)
-            block = _score_block(
+            block = score_block(
                 logits_RV,
                 top_k=top_k,
                 rows=torch.from_numpy(lookup_rows[chosen] - start).to(self._device),
@@ -267,20 +259,6 @@ class TorchBackend:
             )
         return answers
 
-    def _read_config(self) -> tuple[Any, Any]:
-        folder = str(self._folder)
-        if not (self._folder / "config.json").is_file():
-            raise ModelError(
-                f"model folder {folder!r} has no config.json; "
-                "expected a folder in Hugging Face format (config, weights, tokenizer)"
-            )
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": self._trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(folder, **options)
-            return config, AutoTokenizer.from_pretrained(folder, **options)
-        except Exception as error:
-            raise ModelError(f"config or tokenizer in {folder!r} cannot be read: {_one_line(error)}") from error
-
     def _read_model(self, config: Any) -> PreTrainedModel:
         folder = str(self._folder)
         options: dict[str, Any] = {
@@ -300,28 +278,13 @@ class TorchBackend:
             missing = sorted(loaded[1]["missing_keys"])
         # Broken weight files, unknown architectures and absent devices each have an exception type of their own.
         except Exception as error:
-            raise ModelError(f"model in {folder!r} cannot be loaded: {_one_line(error)}") from error
+            raise ModelError(f"model in {folder!r} cannot be loaded: {one_line(error)}") from error
         if missing:
             raise ModelError(
                 f"the weights in {folder!r} lack {len(missing)} tensors of the model, {missing[0]!r} among them; "
                 "is the checkpoint complete?"
             )
         return model
-
-    def _length_limit(self, config: Any) -> int:
-        text = config.get_text_config()
-        own = getattr(text, "max_position_embeddings", None)
-        if self._max_length is None:
-            if own is None:
-                raise ModelError(
-                    f"model in {str(self._folder)!r} does not say how long its inputs may be; set --max-length"
-                )
-            return int(own)
-        if own is not None and self._max_length > own:
-            raise ModelError(
-                f"max_length={self._max_length} is more than the {own} positions of the model in {str(self._folder)!r}"
-            )
-        return self._max_length
 
     def _find_layout(self, config: Any, max_length: int) -> None:
         """Settle head and layout by comparing with plain forward passes of the whole model on a few tokens."""
@@ -468,7 +431,7 @@ def _lookups(
     return np.concatenate(rows), np.concatenate(ids)
 
 
-def _score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k ids [R, K], their log-probabilities [R, K], and those of ``(rows, ids)`` pairs; float32.
 
     A float32 ``logits_RV`` is overwritten.
@@ -480,8 +443,3 @@ def _score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) ->
     # In place: a second block of full-vocabulary rows would double what is held.
     log_total = logits_RV.sub_(highest).exp_().sum(dim=-1, keepdim=True).log_().add_(highest)
     return top_ids, top - log_total, looked_up - log_total[rows, 0]
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

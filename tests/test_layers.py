@@ -73,8 +73,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.actors.*",
         "teacher.backend_*",
         "teacher.batcher",
+        "teacher.folder",
         "teacher.local",
         "teacher.server",
+        "teacher.vllm_inside",
     ),
     (
         "engine.build",
@@ -114,7 +116,7 @@ ADAPTERS = {
     "wandb": ("engine.monitor.sinks.wandb",),
 }
 # Modules that a library's own processes import by name, and nobody else: they may import it when they are loaded.
-INSIDE = {"vllm": "engine.generation.vllm_inside.*"}
+INSIDE = {"vllm": ("engine.generation.vllm_inside.*", "teacher.vllm_inside")}
 # Packages that are entered through their ``__init__``: their names are imported from there and nowhere else. The names
 # of all other packages are imported from the modules that define them.
 DOORS = frozenset({"ops"})
@@ -124,6 +126,7 @@ OPEN_TO_TEACHER = frozenset(
         "engine.clock",
         "engine.costs",
         "engine.errors",
+        "engine.generation.vllm_inside.cpu_faults",
         "engine.packed_linear",
         "engine.precision",
         "engine.recipe",
@@ -223,8 +226,8 @@ def _fault(module: str, floor: int, found: Import) -> str | None:
     door = target.partition(".")[0]
     if door in DOORS and target != door and room != door:
         return f"{where} imports {target}; its names are imported from {door}"
-    for where_in, pattern in INSIDE.items():
-        if fnmatchcase(target, pattern) and not _is_inside(where_in, module):
+    for where_in in INSIDE:
+        if _is_inside(where_in, target) and not _is_inside(where_in, module):
             return f"{where} imports {target}, which lives in {where_in}'s processes; name it to {where_in} instead"
     other = floor_of(target)
     if other is None:
@@ -253,7 +256,7 @@ def _library_fault(module: str, floor: int, found: Import) -> str | None:
 
 
 def _is_inside(library: str, module: str) -> bool:
-    return library in INSIDE and fnmatchcase(module, INSIDE[library])
+    return any(fnmatchcase(module, pattern) for pattern in INSIDE.get(library, ()))
 
 
 PATHS = {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}

