@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from engine.training import batch as batches
 from engine.training.batch import StudentBatch
 from engine.training.export import Named, buckets, named_tensors
 from engine.training.model import Student, load_student
+from engine.training.objectives import make_objective
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport, TokenLosses
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
@@ -36,14 +37,11 @@ from ops import (
     Divergence,
     ForwardKL,
     Objective,
-    ReverseKL,
     divergence,
     linear_divergence,
     linear_divergence_with_gradients,
 )
 from teacher.protocol import Scores
-
-_OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 
 
 class HFTrainer:
@@ -63,7 +61,12 @@ class HFTrainer:
         self.version = 0
         self._config = config
         self._student_config = student
-        self._objective: Objective = _OBJECTIVES[objective.kind](tail=objective.tail)
+        self._objective = make_objective(objective)
+        self._measure: dict[str, Any] = {
+            "temperature": objective.temperature,
+            "square_temperature": objective.square_temperature,
+            "clamp": objective.clamp,
+        }
         self._num_steps = steps
         self._seed = seed
         self._state: _Loaded | None = None
@@ -160,6 +163,17 @@ class HFTrainer:
                 results[i] = EvalResult(num_tokens=len(kl_T), kl_sum=float(kl_T.sum()), nll_sum=-float(logprob_T.sum()))
         return [result for result in results if result is not None]
 
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        loaded = self._loaded
+        student = loaded.student
+        batch = batches.lay_out([list(token_ids)], student.layout)
+        inputs, _ = batches.upload(batch, layout=student.layout, uploader=loaded.uploader)
+        with torch.no_grad(), self._randomness("score"):
+            logits_LV = student.logits(inputs)[torch.from_numpy(batch.index[0]).to(student.device)]
+        targets = torch.tensor(list(token_ids[1:]), device=student.device)
+        values: list[float] = logits_LV[:-1].double().log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
+        return values
+
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
         tensors = named_tensors(self._loaded.student.model)
         return buckets(tensors, bucket_bytes=bucket_bytes, written=self._weights_written)
@@ -240,10 +254,11 @@ class HFTrainer:
     def _forward_backward(self, batch: StudentBatch) -> Divergence:
         """Adds the gradient of the sum of the values to the parameters'."""
         student, block_rows = self._loaded.student, self._config.block_rows
+        measure = {**self._measure, "behaviour_logprobs": batch.sampling_logprobs, "block_rows": block_rows}
         head = student.head
         if head is None:
             logits = student.logits(batch.inputs).index_select(0, batch.rows)
-            out = divergence(self._objective, logits, batch.scores, block_rows=block_rows)
+            out = divergence(self._objective, logits, batch.scores, **measure)
             if self._is_usable(out.values):
                 out.values.sum().backward()  # type: ignore[no-untyped-call]
             return out
@@ -258,8 +273,8 @@ class HFTrainer:
             hidden_grad=hidden_grad,
             head_grad=head.weight.grad,
             bias_grad=None if head.bias is None else head.bias.grad,
-            block_rows=block_rows,
             workspace=self._loaded.workspace,
+            **measure,
         )
         if self._is_usable(out.values):
             hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]

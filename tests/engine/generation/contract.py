@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from engine.errors import WeightsMismatch
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, Generator
 from engine.recipe import WeightsConfig
 from engine.streams import stream_key
+from engine.training.export import named_tensors
 from engine.transport.manifest import digest_of
 from engine.types import SamplingParams
 from tests.support.models import plain_logits
@@ -45,12 +47,18 @@ def request(
     top_p: float = 1.0,
     top_k: int = 0,
     stop_ids: tuple[int, ...] = (),
+    num_top_ids: int = 0,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
         token_ids=tuple(prompt),
         params=SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_ids=stop_ids,
+            num_top_ids=num_top_ids,
         ),
         stream_key=stream_key("contract", request_id),
     )
@@ -72,12 +80,12 @@ def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], answer: Se
 
 
 def buckets_of(model: PreTrainedModel, *, names_per_bucket: int = 3) -> Iterator[Bucket]:
-    """A version as a trainer exports it: tied parameters once, and each bucket's memory is reused for the next."""
-    named = list(model.named_parameters())
+    """A version as a trainer exports it, and each bucket's memory is reused for the next."""
+    named = named_tensors(model)
     reused: list[torch.Tensor] = []
     for first in range(0, len(named), names_per_bucket):
         part = named[first : first + names_per_bucket]
-        reused = [tensor.detach().clone() for _, tensor in part]
+        reused = [tensor.clone() for _, tensor in part]
         yield Bucket(names=tuple(name for name, _ in part), tensors=tuple(reused))
         for tensor in reused:
             tensor.fill_(float("nan"))
@@ -147,6 +155,23 @@ class GeneratorContract:
         assert list(answer.token_ids) == logits_TV[len(asked.token_ids) - 1 : -1].argmax(-1).tolist()
         assert answer.sampling_logprobs == (0.0,) * len(answer.token_ids)
         check_against(subject, asked, answer)
+
+    async def test_the_most_likely_ids_are_kept_for_who_asks_for_them(self, subject: Subject) -> None:
+        generator = await subject.start()
+        asked = [request(0, num_top_ids=5), request(1), request(2, num_top_ids=1, temperature=0.6), request(3)]
+
+        answers = await asyncio.gather(*map(generator.generate, asked))
+
+        assert (answers[1].top_ids, answers[3].top_ids) == (b"", b"")
+        for one, answer in ((asked[0], answers[0]), (asked[2], answers[2])):
+            k, num_prompt = one.params.num_top_ids, len(one.token_ids)
+            ids_Tk = torch.tensor(np.frombuffer(answer.top_ids, dtype="<i4")).reshape(len(answer.token_ids), k)
+            logits_TV = plain_logits(subject.models[0], [*one.token_ids, *answer.token_ids])[num_prompt - 1 : -1]
+            assert all(len(set(row)) == k for row in ids_Tk.tolist())
+            # By value: which of two nearly equal logits is the larger is rounding's choice.
+            torch.testing.assert_close(
+                logits_TV.gather(1, ids_Tk.long()), logits_TV.topk(k, dim=1).values, rtol=0, atol=10 * subject.tolerance
+            )
 
     async def test_a_stop_id_ends_the_answer_and_is_part_of_it(self, subject: Subject) -> None:
         generator = await subject.start()
@@ -391,8 +416,8 @@ class GeneratorContract:
 
 def buckets_of_copies(model: PreTrainedModel) -> Iterator[Bucket]:
     """As ``buckets_of``, but what was given stays as it is."""
-    for name, tensor in model.named_parameters():
-        yield Bucket(names=(name,), tensors=(tensor.detach().clone(),))
+    for name, tensor in named_tensors(model):
+        yield Bucket(names=(name,), tensors=(tensor.clone(),))
 
 
 def filtered_distribution(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:
