@@ -14,7 +14,7 @@ from ops.torch_rows import TorchRows
 def kernel_for(device: torch.device) -> RowKernel:
     """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere."""
     if device.type == "cuda" and _has_triton():
-        from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
+        from ops.triton_rows import TritonRows
 
         kernel: RowKernel = TritonRows()
         return kernel
@@ -23,4 +23,4 @@ def kernel_for(device: torch.device) -> RowKernel:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("ops.triton_rows") is not None
+    return importlib.util.find_spec("triton") is not None

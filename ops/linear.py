@@ -59,7 +59,8 @@ def linear_divergence(
         scores: of the same T positions; or the teacher's logits [T, V] (this rank's [T, W]).
         bias: [V] (this rank's [W]) or None.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, in its dtype.
-        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256.
+        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256. On CUDA
+            2048: each block reads and writes the head's whole gradient once, and a product of few rows is a slow one.
 
         The others are those of ``divergence``.
 
@@ -132,7 +133,7 @@ def linear_divergence_with_gradients(
         clamp=clamp,
     )
     if workspace is not None:
-        block_rows = min(_block_rows(block_rows, hidden), workspace.shape[0])
+        block_rows = workspace.shape[0] if block_rows is None else min(block_rows, workspace.shape[0])
     head = Head(
         objective,
         hidden,
@@ -188,7 +189,8 @@ class Head:
         *,
         block_rows: int | None,
     ) -> None:
-        block_rows = _block_rows(block_rows, hidden)
+        if block_rows is None:
+            block_rows = _default_block_rows(hidden)
         check_block_rows(block_rows)
         wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -257,9 +259,9 @@ class Head:
         return out
 
 
-def _block_rows(block_rows: int | None, hidden: Tensor) -> int:
-    """Products of fewer than 64 rows are slow, and beyond 256 they get no faster."""
-    return min(256, max(64, -(-len(hidden) // 5))) if block_rows is None else block_rows
+def _default_block_rows(hidden: Tensor) -> int:
+    """On CPU products of fewer than 64 rows are slow, and beyond 256 they get no faster."""
+    return 2048 if hidden.is_cuda else min(256, max(64, -(-len(hidden) // 5)))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

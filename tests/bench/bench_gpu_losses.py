@@ -28,7 +28,7 @@ from torch import Tensor
 import ops.listed
 import ops.rows
 from ops import JSD, ForwardKL, Objective, ReverseKL, TeacherScores, divergence, linear_divergence
-from ops.rows import kernel_for
+from ops.kernels import kernel_for
 from tests.bench import gpu_rivals
 from tests.bench.gpu_clock import Ceilings, Load, Row, Table, say, time_ms, write_profile
 

@@ -21,7 +21,7 @@ from ops import (
     linear_divergence_with_gradients,
     reference_divergence,
 )
-from ops.rows import kernel_for
+from ops.kernels import kernel_for
 from tests.ops.cases import OBJECTIVES, make_case
 from tests.ops.triton_devices import on_each_device
 
