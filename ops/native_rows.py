@@ -1,0 +1,177 @@
+"""The row kernel in C, for float32 and bfloat16 on CPU; other dtypes go to the one in plain torch.
+
+A few passes over a row that lies in the second-level cache, a vector of numbers at a time, in place of torch's passes
+over tensors. What is computed and how is in ``native_rows.c``; here is who calls it, on which threads, and whether it
+can be had and trusted on this machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ops.native_library import NoLibrary, load_library
+from ops.rows import Reduced
+from ops.torch_rows import TorchRows
+
+SWITCH = "SLIPSTREAM_NATIVE"
+"""Environment variable: 0 leaves the work to torch."""
+
+_log = logging.getLogger(__name__)
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_PART = 1 << 20
+"""Logits for which another thread is worth its start: half a millisecond's work."""
+
+
+class NativeRows:
+    """Rows are split over ``torch.get_num_threads()`` threads, which live for one call; ctypes lets them run at once."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._torch = TorchRows()
+
+    def reduce(self, logits: Tensor, ids: Tensor, *, num_columns: int, k: int) -> Reduced:
+        if logits.dtype not in _SUFFIX:
+            return self._torch.reduce(logits, ids, num_columns=num_columns, k=k)
+        num_rows, num_ids = ids.shape
+        ids = ids.contiguous()
+        support_logits, largest = torch.empty(num_rows, num_ids), torch.empty(num_rows, k)
+        tail_max, tail_sum = torch.empty(2, num_rows)
+        function = self._function("reduce", logits)
+        room = self._library.scratch_floats(num_columns)
+
+        def work(start: int, end: int) -> None:
+            scratch = torch.empty(room)
+            function(
+                _at(logits, start), logits.stride(0), end - start, num_columns, _at(ids, start), num_ids, k,
+                _at(support_logits, start), _at(tail_max, start), _at(tail_sum, start), _at(largest, start),
+                scratch.data_ptr(),
+            )  # fmt: skip
+
+        _on_threads(work, num_rows, num_columns)
+        return Reduced(support_logits=support_logits, tail_max=tail_max, tail_sum=tail_sum, largest=largest)
+
+    def expand(
+        self,
+        out: Tensor,
+        logits: Tensor,
+        ids: Tensor,
+        *,
+        num_columns: int,
+        tail_shift: Tensor,
+        tail_scale: Tensor,
+        support_gradient: Tensor,
+    ) -> None:
+        if logits.dtype not in _SUFFIX:
+            self._torch.expand(
+                out,
+                logits,
+                ids,
+                num_columns=num_columns,
+                tail_shift=tail_shift,
+                tail_scale=tail_scale,
+                support_gradient=support_gradient,
+            )
+            return
+        num_rows, num_ids = ids.shape
+        ids, shift, scale = ids.contiguous(), tail_shift.contiguous(), tail_scale.contiguous()
+        support = support_gradient.contiguous()
+        function = self._function("expand", logits)
+
+        def work(start: int, end: int) -> None:
+            function(
+                _at(out, start), out.stride(0), _at(logits, start), logits.stride(0), end - start, num_columns,
+                out.shape[1], _at(ids, start), num_ids, _at(shift, start), _at(scale, start), _at(support, start),
+            )  # fmt: skip
+
+        _on_threads(work, num_rows, num_columns)
+
+    def _function(self, name: str, logits: Tensor) -> Callable[..., None]:
+        function: Callable[..., None] = getattr(self._library, f"{name}_{_SUFFIX[logits.dtype]}")
+        return function
+
+
+@functools.cache
+def native_rows() -> NativeRows | None:
+    """The kernel, or None where it is switched off, cannot be built, or is wrong about a probe; then the log says why."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        library = load_library()
+    except NoLibrary as missing:
+        _log.warning("losses on CPU run in plain torch, at a third of the speed or less: %s", missing)
+        return None
+    _declare(library)
+    kernel = NativeRows(library)
+    if not all(_agrees(kernel, dtype) for dtype in _SUFFIX):
+        _log.warning("losses on CPU run in plain torch: the compiled kernel %s computes another result", library._name)
+        return None
+    return kernel
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.scratch_floats.argtypes = [number]
+    library.scratch_floats.restype = number
+    for suffix in _SUFFIX.values():
+        reduce, expand = getattr(library, f"reduce_{suffix}"), getattr(library, f"expand_{suffix}")
+        reduce.restype = expand.restype = None
+        reduce.argtypes = [pointer, number, number, number, pointer, number, number, *[pointer] * 5]
+        expand.argtypes = [pointer, number, pointer, *[number] * 4, pointer, number, *[pointer] * 3]
+
+
+def _agrees(kernel: NativeRows, dtype: torch.dtype) -> bool:
+    """With torch, on a few rows of which some are far apart and some are masked."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 3000, generator=random, dtype=torch.float32)
+    z *= torch.tensor([[1.0], [3.0], [30.0], [0.0]])
+    z[2, 1000:2000] = -torch.inf
+    logits = z.to(dtype)
+    ids = torch.stack([torch.randperm(2999, generator=random)[:7] for _ in range(4)])
+    ids[:, 3] = -1
+    mine, other = (k.reduce(logits, ids, num_columns=2999, k=5) for k in (kernel, TorchRows()))
+    gradients = []
+    for each in (kernel, TorchRows()):
+        out = torch.full_like(logits, torch.nan)
+        each.expand(
+            out,
+            logits,
+            ids,
+            num_columns=2999,
+            tail_shift=other.tail_max,
+            tail_scale=1.0 / other.tail_sum,
+            support_gradient=other.support_logits.masked_fill(ids < 0, 0.0),
+        )
+        gradients.append(out.float())
+    return (
+        torch.equal(mine.support_logits, other.support_logits)
+        and torch.equal(mine.tail_max, other.tail_max)
+        and torch.equal(mine.largest.sort(dim=1).values, other.largest.sort(dim=1).values)
+        and torch.allclose(mine.tail_sum, other.tail_sum, rtol=1e-5, atol=0.0)
+        and torch.allclose(*gradients, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=2.0**-30)
+    )
+
+
+def _at(tensor: Tensor, row: int) -> int:
+    return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
+
+
+def _on_threads(work: Callable[[int, int], None], num_rows: int, num_columns: int) -> None:
+    """``work(start, end)`` for all rows."""
+    num_parts = min(torch.get_num_threads(), num_rows, 1 + num_rows * num_columns // _PART)
+    if num_parts < 2:
+        work(0, num_rows)
+        return
+    ends = [num_rows * i // num_parts for i in range(num_parts + 1)]
+    with ThreadPoolExecutor(num_parts - 1) as pool:
+        others = [pool.submit(work, start, end) for start, end in zip(ends[1:], ends[2:], strict=False)]
+        work(0, ends[1])
+        for other in others:
+            other.result()
