@@ -6,6 +6,7 @@ import functools
 import importlib.util
 
 import torch
+from torch import Tensor
 
 from ops.native_rows import native_rows
 from ops.rows import RowKernel
@@ -22,6 +23,20 @@ def kernel_for(device: torch.device) -> RowKernel:
         return kernel
     native = native_rows() if device.type == "cpu" else None
     return TorchRows() if native is None else native
+
+
+_FEW = 1024
+"""Numbers of a row beyond which sorting them is faster than comparing each with each."""
+
+
+def count_larger(numbers: Tensor, bounds: Tensor) -> Tensor:
+    """[B, C] int64: of the numbers [B, N], those larger than each of the bounds [B, C], which are of the same dtype."""
+    if numbers.device.type == "cpu" and numbers.dtype == torch.float32 and numbers.shape[1] <= _FEW:
+        native = native_rows()
+        if native is not None:
+            return native.count_larger(numbers, bounds)
+    ascending = numbers.sort(dim=1).values
+    return ascending.shape[1] - torch.searchsorted(ascending, bounds, right=True)
 
 
 @functools.cache

@@ -24,6 +24,8 @@ _OPTIONS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fno-thread-jumps",
     "-fopenmp-simd",
     "-ffp-contract=fast",
     "-shared",

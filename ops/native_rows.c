@@ -11,7 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 64, DEPTH = 32, SEGMENT = LANES * DEPTH };
+/* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
+enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
 
 typedef union {
     float f;
@@ -32,7 +33,6 @@ static inline uint16_t to_bf16(float x) {
 }
 
 static inline float from_f32(float x) { return x; }
-static inline float to_f32(float x) { return x; }
 
 /* exp(x) = 2^n 2^f, f from -1/2 to 1/2: to 2 units in the last place, 0 below -88 and at -inf, NaN at NaN. Above 88, where
  * only columns of the support are, whose result is not used, anything but a trap. The sum of a float near 1.5 * 2^23 and
@@ -40,7 +40,6 @@ static inline float to_f32(float x) { return x; }
 static inline float exponential(float x) {
     const float magic = 12582912.0f + 127.0f, high = 0x1.715476p+0f, low = 0x1.4ae0cp-26f;
     x = x < -88.0296919f ? -88.0296919f : x;
-    x = x > 88.0f ? 88.0f : x;
     Bits t = {.f = x * high + magic};
     float n = t.f - magic, f = x * high - n + x * low;
     Bits power = {.u = t.u << 23};
@@ -57,7 +56,6 @@ static inline float exponential(float x) {
 static inline float rough_exponential(float x) {
     const float magic = 12582912.0f + 127.0f, high = 0x1.715476p+0f;
     x = x < -88.0296919f ? -88.0296919f : x;
-    x = x > 88.0f ? 88.0f : x;
     Bits t = {.f = x * high + magic};
     float f = x * high - (t.f - magic);
     Bits power = {.u = t.u << 23};
@@ -110,19 +108,51 @@ static float threshold(const float *x, int64_t n, int64_t k, int64_t slack) {
     return from_key((int32_t)low);
 }
 
-/* The k largest of a row, any order, into out. maxima[s * LANES + l] is that of the columns s * SEGMENT + l + LANES * i:
- * k of them are at least t, so are k columns, and columns above t lie under maxima above t. */
-static void find_largest(const float *z, const float *maxima, int64_t segments, int64_t k, float *out, float *room) {
-    float t = threshold(maxima, segments * LANES, k, k / 8);
+/* Indices of what is above t among `depth` numbers, 64 apart, behind each of `starts`. Without branches: they would be
+ * guessed wrong. `above` has room for one more than are found. */
+static int64_t find_above(const float *x, const int32_t *starts, int64_t num_starts, int64_t depth, float t,
+                          int32_t *above) {
     int64_t found = 0;
-    for (int64_t s = 0; s < segments; s++)
-        for (int64_t l = 0; l < LANES; l++)
-            if (maxima[s * LANES + l] > t)
-                for (int64_t i = 0; i < DEPTH; i++) {
-                    float x = z[s * SEGMENT + l + LANES * i];
-                    room[found] = x;
-                    found += x > t;
-                }
+    for (int64_t s = 0; s < num_starts; s++)
+        for (int64_t i = 0; i < depth; i++) {
+            int32_t at = starts[s] + (int32_t)(LANES * i);
+            above[found] = at;
+            found += x[at] > t;
+        }
+    return found;
+}
+
+/* The k largest of a row, any order, into out. If k maxima of classes are at least t, so are k columns; and columns above t
+ * are in classes whose maxima are, these in blocks' classes whose maxima are. */
+static void find_largest(const float *z, const float *maxima, int64_t blocks, int64_t k, float *out, float *room) {
+    float *coarse = room;
+    int32_t *first = (int32_t *)(room + blocks * LANES), *second = first + blocks * BLOCK_CLASSES + 1;
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *x = maxima + b * BLOCK_CLASSES;
+#pragma omp simd
+        for (int64_t l = 0; l < LANES; l++) {
+            float most = x[l];
+            for (int64_t i = 1; i < FOLD; i++) most = x[l + LANES * i] > most ? x[l + LANES * i] : most;
+            coarse[b * LANES + l] = most;
+        }
+    }
+    float t = threshold(coarse, blocks * LANES, k, k / 8);
+    int64_t found = 0;
+    for (int32_t c = 0; c < blocks * LANES; c++) {
+        first[found] = c / LANES * BLOCK_CLASSES + c % LANES;
+        found += coarse[c] > t;
+    }
+    found = find_above(maxima, first, found, FOLD, t, second);
+    for (int64_t c = 0; c < found; c++) second[c] = second[c] / LANES * SEGMENT + second[c] % LANES;
+    room = (float *)(second + blocks * BLOCK_CLASSES + 1);
+    int64_t num_classes = found;
+    found = 0;
+    for (int64_t c = 0; c < num_classes; c++)
+        for (int64_t i = 0; i < DEPTH; i++) {
+            float x = z[second[c] + LANES * i];
+            room[found] = x;
+            found += x > t;
+        }
     if (found > k) {
         float exact = threshold(room, found, k, 0);
         int64_t kept = 0;
@@ -138,10 +168,11 @@ static void find_largest(const float *z, const float *maxima, int64_t segments, 
     for (int64_t i = found; i < k; i++) out[i] = t;
 }
 
-static int64_t segments_of(int64_t columns) { return (columns + SEGMENT - 1) / SEGMENT; }
+static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-/* A row, a maximum for each class of its columns, candidates for the largest, and one more that is written and not read. */
-int64_t scratch_floats(int64_t columns) { return segments_of(columns) * (2 * SEGMENT + LANES) + 1; }
+/* A row, the maxima of its classes, and what find_largest needs: maxima of blocks' classes, two lists of classes, and
+ * columns. Lists are written one place further than they are read. */
+int64_t scratch_floats(int64_t columns) { return blocks_of(columns) * (2 * BLOCK + 3 * BLOCK_CLASSES + LANES) + 3; }
 
 static void largest_by_class(const float *z, float *maxima) {
 #pragma omp simd
@@ -152,20 +183,31 @@ static void largest_by_class(const float *z, float *maxima) {
     }
 }
 
-static void finish_row(float *z, const float *maxima, int64_t segments, int64_t k, float *tail_max, float *tail_sum,
+/* And the maximum of its class found again, where it was that. */
+static void remove_column(float *z, float *maxima, int64_t id) {
+    int64_t segment = id / SEGMENT, lane = id % LANES;
+    float *class = z + segment * SEGMENT + lane, *most = maxima + segment * LANES + lane, x = z[id];
+    z[id] = -INFINITY;
+    if (x < *most) return;
+    float left = class[0];
+    for (int64_t i = 1; i < DEPTH; i++) left = class[LANES * i] > left ? class[LANES * i] : left;
+    *most = left;
+}
+
+static void finish_row(const float *z, const float *maxima, int64_t blocks, int64_t k, float *tail_max, float *tail_sum,
                        float *largest, float *room) {
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < segments * LANES; i++) most = maxima[i] > most ? maxima[i] : most;
+    for (int64_t i = 0; i < blocks * BLOCK_CLASSES; i++) most = maxima[i] > most ? maxima[i] : most;
     float shift = most == -INFINITY ? 0.0f : most;
     double total = 0.0;
-    for (int64_t s = 0; s < segments; s++) {
-        const float *x = z + s * SEGMENT;
+    for (int64_t b = 0; b < blocks; b++) {
+        const float *x = z + b * BLOCK;
         float even = 0.0f, odd = 0.0f;
 #pragma omp simd reduction(+ : even, odd)
-        for (int64_t i = 0; i < SEGMENT / 2; i++) {
+        for (int64_t i = 0; i < BLOCK / 2; i++) {
             even += exponential(x[i] - shift);
-            odd += exponential(x[i + SEGMENT / 2] - shift);
+            odd += exponential(x[i + BLOCK / 2] - shift);
         }
         total += (double)even + (double)odd;
     }
@@ -176,50 +218,98 @@ static void finish_row(float *z, const float *maxima, int64_t segments, int64_t 
         return;
     }
     *tail_max = most;
-    if (k > 0) find_largest(z, maxima, segments, k, largest, room);
+    if (k > 0) find_largest(z, maxima, blocks, k, largest, room);
 }
 
-/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. */
+/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. Columns of the support are
+ * taken out of the row when the maxima have been found, and those of their classes are then found again: few, and the
+ * row is still in the first-level cache when its maxima are. */
 #define REDUCE(NAME, TYPE, FROM)                                                                                       \
     void NAME(const TYPE *logits, int64_t stride, int64_t rows, int64_t columns, const int64_t *ids, int64_t num_ids,  \
               int64_t k, float *support_logits, float *tail_max, float *tail_sum, float *largest, float *scratch) {    \
-        int64_t segments = segments_of(columns);                                                                       \
-        float *z = scratch, *maxima = z + segments * SEGMENT, *room = maxima + segments * LANES;                       \
-        for (int64_t i = columns; i < segments * SEGMENT; i++) z[i] = -INFINITY;                                       \
+        int64_t blocks = blocks_of(columns);                                                                           \
+        float *z = scratch, *maxima = z + blocks * BLOCK, *room = maxima + blocks * BLOCK_CLASSES;                     \
+        for (int64_t i = columns; i < blocks * BLOCK; i++) z[i] = -INFINITY;                                           \
         for (int64_t row = 0; row < rows; row++) {                                                                     \
             const TYPE *from = logits + row * stride;                                                                  \
             const int64_t *mine = ids + row * num_ids;                                                                 \
-            _Pragma("omp simd") for (int64_t i = 0; i < columns; i++) z[i] = FROM(from[i]);                            \
+            for (int64_t start = 0; start < blocks * BLOCK; start += SEGMENT) {                                        \
+                int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                \
+                _Pragma("omp simd") for (int64_t i = 0; i < length; i++) z[start + i] = FROM(from[start + i]);         \
+                largest_by_class(z + start, maxima + start / DEPTH);                                                   \
+            }                                                                                                          \
             for (int64_t c = 0; c < num_ids; c++) {                                                                    \
                 int64_t id = mine[c];                                                                                  \
-                support_logits[row * num_ids + c] = id < 0 ? -INFINITY : FROM(from[id]);                               \
-                if (id >= 0) z[id] = -INFINITY;                                                                        \
+                support_logits[row * num_ids + c] = id < 0 ? -INFINITY : z[id];                                        \
             }                                                                                                          \
-            for (int64_t s = 0; s < segments; s++) largest_by_class(z + s * SEGMENT, maxima + s * LANES);              \
-            finish_row(z, maxima, segments, k, tail_max + row, tail_sum + row, largest + row * k, room);               \
+            for (int64_t c = 0; c < num_ids; c++)                                                                      \
+                if (mine[c] >= 0) remove_column(z, maxima, mine[c]);                                                   \
+            finish_row(z, maxima, blocks, k, tail_max + row, tail_sum + row, largest + row * k, room);                 \
         }                                                                                                              \
     }
 
 REDUCE(reduce_f32, float, from_f32)
 REDUCE(reduce_bf16, uint16_t, from_bf16)
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+static void store_f32(float *to, const float *from, int64_t length) { memcpy(to, from, (size_t)length * sizeof(float)); }
+
+static void store_bf16(uint16_t *to, const float *from, int64_t length) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; i + 16 <= length; i += 16)
+        _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+#pragma omp simd
+    for (int64_t j = i; j < length; j++) to[j] = to_bf16(from[j]);
+}
+
 /* The gradient of rows of `width` logits, of which the first `columns` exist; out may be the logits. */
-#define EXPAND(NAME, TYPE, FROM, TO, EXP)                                                                              \
+#define EXPAND(NAME, TYPE, FROM, STORE, EXP)                                                                           \
     void NAME(TYPE *out, int64_t out_stride, const TYPE *logits, int64_t stride, int64_t rows, int64_t columns,        \
               int64_t width, const int64_t *ids, int64_t num_ids, const float *tail_shift, const float *tail_scale,    \
               const float *support_gradient) {                                                                         \
+        float part[SEGMENT];                                                                                              \
         for (int64_t row = 0; row < rows; row++) {                                                                     \
             const TYPE *from = logits + row * stride;                                                                  \
             TYPE *to = out + row * out_stride;                                                                         \
             float shift = tail_shift[row], scale = tail_scale[row];                                                    \
-            _Pragma("omp simd") for (int64_t i = 0; i < columns; i++) to[i] = TO(EXP(FROM(from[i]) - shift) * scale);  \
+            for (int64_t start = 0; start < columns; start += SEGMENT) {                                                  \
+                int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                      \
+                _Pragma("omp simd") for (int64_t i = 0; i < length; i++)                                               \
+                    part[i] = EXP(FROM(from[start + i]) - shift) * scale;                                              \
+                STORE(to + start, part, length);                                                                       \
+            }                                                                                                          \
             memset(to + columns, 0, (size_t)(width - columns) * sizeof(TYPE));                                         \
             for (int64_t c = 0; c < num_ids; c++) {                                                                    \
                 int64_t i = row * num_ids + c;                                                                         \
-                if (ids[i] >= 0) to[ids[i]] = TO(support_gradient[i]);                                                 \
+                if (ids[i] >= 0) STORE(to + ids[i], support_gradient + i, 1);                                          \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-EXPAND(expand_f32, float, from_f32, to_f32, exponential)
-EXPAND(expand_bf16, uint16_t, from_bf16, to_bf16, rough_exponential)
+EXPAND(expand_f32, float, from_f32, store_f32, exponential)
+EXPAND(expand_bf16, uint16_t, from_bf16, store_bf16, rough_exponential)
+
+/* For each of `num_bounds` numbers of a row, how many of the row's `num` numbers are larger. Vectors of bounds, as a sum
+ * over the lanes of one costs more than all else. */
+void count_larger(const float *numbers, int64_t num, const float *bounds, int64_t num_bounds, int64_t rows,
+                  int64_t *counts) {
+    for (int64_t row = 0; row < rows; row++, numbers += num, bounds += num_bounds, counts += num_bounds)
+        for (int64_t start = 0; start < num_bounds; start += LANES) {
+            int32_t larger[LANES] = {0};
+            float bound[LANES] = {0.0f};
+            int64_t length = num_bounds - start < LANES ? num_bounds - start : LANES;
+            memcpy(bound, bounds + start, (size_t)length * sizeof(float));
+#pragma omp simd
+            for (int64_t i = 0; i < LANES; i++) {
+                int32_t count = 0;
+                for (int64_t j = 0; j < num; j++) count += numbers[j] > bound[i];
+                larger[i] = count;
+            }
+            for (int64_t i = 0; i < length; i++) counts[start + i] = larger[i];
+        }
+}

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ops.kernels import count_larger
 from ops.rows import Reduced
 
 
@@ -103,13 +104,12 @@ def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, samp
         support_logits = sums[:, :-2].masked_fill(ids < 0, -torch.inf)
         tail_sum, sampled_logits = sums[:, -2], sums[:, -1]
     # Ids of other ranks are −inf here. Of the tail no more than k count, and whoever needs to know more is not among k.
-    ascending = torch.cat((reduced.support_logits, reduced.largest), dim=1).sort(dim=1).values
-    columns = support_logits.to(ascending.dtype)
+    numbers = torch.cat((reduced.support_logits, reduced.largest), dim=1)
     return Whole(
         support_logits=support_logits,
         tail_shift=tail_shift,
         tail_sum=tail_sum,
-        num_larger=shard.sum(ascending.shape[1] - torch.searchsorted(ascending, columns, right=True)),
+        num_larger=shard.sum(count_larger(numbers, support_logits.to(numbers.dtype))),
         sampled_logits=sampled_logits.double(),
     )
 
