@@ -7,12 +7,16 @@
  * NaN: a NaN in the tail makes tail_max, tail_sum and the largest of its row NaN, and stays NaN in the gradient. So
  * comparisons below are written such that NaN wins, or is looked for afterwards in the sum.
  */
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 /* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
 enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
+enum { LINE = 64, FAR = 1 << 23 }; /* bytes that the cache takes together, and more than it keeps */
 
 typedef union {
     float f;
@@ -172,7 +176,7 @@ static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK
 
 /* A row, the maxima of its classes, and what find_largest needs: maxima of blocks' classes, two lists of classes, and
  * columns. Lists are written one place further than they are read. */
-int64_t scratch_floats(int64_t columns) { return blocks_of(columns) * (2 * BLOCK + 3 * BLOCK_CLASSES + LANES) + 3; }
+int64_t reduce_scratch_floats(int64_t columns) { return blocks_of(columns) * (2 * BLOCK + 3 * BLOCK_CLASSES + LANES) + 3; }
 
 static void largest_by_class(const float *z, float *maxima) {
 #pragma omp simd
@@ -195,19 +199,22 @@ static void remove_column(float *z, float *maxima, int64_t id) {
 }
 
 static void finish_row(const float *z, const float *maxima, int64_t blocks, int64_t k, float *tail_max, float *tail_sum,
-                       float *largest, float *room) {
+                       float *largest, float *room, const char *next, int64_t next_bytes) {
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < blocks * BLOCK_CLASSES; i++) most = maxima[i] > most ? maxima[i] : most;
     float shift = most == -INFINITY ? 0.0f : most;
     double total = 0.0;
-    for (int64_t b = 0; b < blocks; b++) {
-        const float *x = z + b * BLOCK;
+    for (int64_t i = 0; i < blocks * FOLD; i++) {
+        /* Memory idles while exponentials are computed: it brings the next row. */
+        int64_t end = next_bytes * (i + 1) / (blocks * FOLD);
+        for (int64_t at = next_bytes * i / (blocks * FOLD); at < end; at += LINE) __builtin_prefetch(next + at, 0, 2);
+        const float *x = z + i * SEGMENT;
         float even = 0.0f, odd = 0.0f;
 #pragma omp simd reduction(+ : even, odd)
-        for (int64_t i = 0; i < BLOCK / 2; i++) {
-            even += exponential(x[i] - shift);
-            odd += exponential(x[i + BLOCK / 2] - shift);
+        for (int64_t j = 0; j < SEGMENT / 2; j++) {
+            even += exponential(x[j] - shift);
+            odd += exponential(x[j + SEGMENT / 2] - shift);
         }
         total += (double)even + (double)odd;
     }
@@ -244,20 +251,18 @@ static void finish_row(const float *z, const float *maxima, int64_t blocks, int6
             }                                                                                                          \
             for (int64_t c = 0; c < num_ids; c++)                                                                      \
                 if (mine[c] >= 0) remove_column(z, maxima, mine[c]);                                                   \
-            finish_row(z, maxima, blocks, k, tail_max + row, tail_sum + row, largest + row * k, room);                 \
+            int64_t next_bytes = row + 1 < rows ? columns * (int64_t)sizeof(TYPE) : 0;                                 \
+            finish_row(z, maxima, blocks, k, tail_max + row, tail_sum + row, largest + row * k, room,                  \
+                       (const char *)(from + stride), next_bytes);                                                     \
         }                                                                                                              \
     }
 
 REDUCE(reduce_f32, float, from_f32)
 REDUCE(reduce_bf16, uint16_t, from_bf16)
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+static void round_f32(float *to, const float *from, int64_t length) { memcpy(to, from, (size_t)length * sizeof(float)); }
 
-static void store_f32(float *to, const float *from, int64_t length) { memcpy(to, from, (size_t)length * sizeof(float)); }
-
-static void store_bf16(uint16_t *to, const float *from, int64_t length) {
+static void round_bf16(uint16_t *to, const float *from, int64_t length) {
     int64_t i = 0;
 #ifdef __AVX512BF16__
     for (; i + 16 <= length; i += 16)
@@ -267,32 +272,63 @@ static void store_bf16(uint16_t *to, const float *from, int64_t length) {
     for (int64_t j = i; j < length; j++) to[j] = to_bf16(from[j]);
 }
 
-/* The gradient of rows of `width` logits, of which the first `columns` exist; out may be the logits. */
-#define EXPAND(NAME, TYPE, FROM, STORE, EXP)                                                                           \
+/* memcpy to where nobody looks soon: whole lines are written without being read before. */
+static void copy_far(char *to, const char *from, int64_t bytes) {
+    int64_t i = 0;
+#ifdef __AVX512F__
+    if ((uintptr_t)to % LINE == 0)
+        for (; i + LINE <= bytes; i += LINE)
+            _mm512_stream_si512((__m512i *)(to + i), _mm512_loadu_si512((const __m512i *)(from + i)));
+#endif
+    memcpy(to + i, from + i, (size_t)(bytes - i));
+}
+
+static void end_far(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* Of columns and ids. */
+int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns / SEGMENT + 1 + num_ids; }
+
+/* The gradient of rows of `width` logits, of which the first `columns` exist; out may be the logits. Columns of the support
+ * are put in before a segment leaves the cache: `head` and `next` list those of each. */
+#define EXPAND(NAME, TYPE, FROM, ROUND, EXP)                                                                           \
     void NAME(TYPE *out, int64_t out_stride, const TYPE *logits, int64_t stride, int64_t rows, int64_t columns,        \
               int64_t width, const int64_t *ids, int64_t num_ids, const float *tail_shift, const float *tail_scale,    \
-              const float *support_gradient) {                                                                         \
-        float part[SEGMENT];                                                                                              \
+              const float *support_gradient, int32_t *scratch) {                                                       \
+        float part[SEGMENT];                                                                                           \
+        TYPE rounded[SEGMENT];                                                                                         \
+        int32_t *head = scratch, *next = head + columns / SEGMENT + 1;                                                 \
+        int is_far = out != logits && rows * columns * (int64_t)sizeof(TYPE) > FAR;                                    \
         for (int64_t row = 0; row < rows; row++) {                                                                     \
             const TYPE *from = logits + row * stride;                                                                  \
             TYPE *to = out + row * out_stride;                                                                         \
+            const int64_t *mine = ids + row * num_ids;                                                                 \
             float shift = tail_shift[row], scale = tail_scale[row];                                                    \
-            for (int64_t start = 0; start < columns; start += SEGMENT) {                                                  \
-                int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                      \
+            for (int64_t s = 0; s <= columns / SEGMENT; s++) head[s] = -1;                                             \
+            for (int32_t c = 0; c < num_ids; c++)                                                                      \
+                if (mine[c] >= 0) {                                                                                    \
+                    next[c] = head[mine[c] / SEGMENT];                                                                 \
+                    head[mine[c] / SEGMENT] = c;                                                                       \
+                }                                                                                                      \
+            for (int64_t start = 0; start < columns; start += SEGMENT) {                                               \
+                int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                \
                 _Pragma("omp simd") for (int64_t i = 0; i < length; i++)                                               \
                     part[i] = EXP(FROM(from[start + i]) - shift) * scale;                                              \
-                STORE(to + start, part, length);                                                                       \
+                for (int32_t c = head[start / SEGMENT]; c >= 0; c = next[c])                                           \
+                    part[mine[c] - start] = support_gradient[row * num_ids + c];                                       \
+                ROUND(is_far ? rounded : to + start, part, length);                                                    \
+                if (is_far) copy_far((char *)(to + start), (const char *)rounded, length * (int64_t)sizeof(TYPE));     \
             }                                                                                                          \
             memset(to + columns, 0, (size_t)(width - columns) * sizeof(TYPE));                                         \
-            for (int64_t c = 0; c < num_ids; c++) {                                                                    \
-                int64_t i = row * num_ids + c;                                                                         \
-                if (ids[i] >= 0) STORE(to + ids[i], support_gradient + i, 1);                                          \
-            }                                                                                                          \
         }                                                                                                              \
+        end_far();                                                                                                     \
     }
 
-EXPAND(expand_f32, float, from_f32, store_f32, exponential)
-EXPAND(expand_bf16, uint16_t, from_bf16, store_bf16, rough_exponential)
+EXPAND(expand_f32, float, from_f32, round_f32, exponential)
+EXPAND(expand_bf16, uint16_t, from_bf16, round_bf16, rough_exponential)
 
 /* For each of `num_bounds` numbers of a row, how many of the row's `num` numbers are larger. Vectors of bounds, as a sum
  * over the lanes of one costs more than all else. */

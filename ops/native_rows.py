@@ -45,7 +45,7 @@ class NativeRows:
         support_logits, largest = torch.empty(num_rows, num_ids), torch.empty(num_rows, k)
         tail_max, tail_sum = torch.empty(2, num_rows)
         function = self._function("reduce", logits)
-        room = self._library.scratch_floats(num_columns)
+        room = self._library.reduce_scratch_floats(num_columns)
 
         def work(start: int, end: int) -> None:
             scratch = torch.empty(room)
@@ -84,11 +84,14 @@ class NativeRows:
         ids, shift, scale = ids.contiguous(), tail_shift.contiguous(), tail_scale.contiguous()
         support = support_gradient.contiguous()
         function = self._function("expand", logits)
+        room = self._library.expand_scratch_ints(num_columns, num_ids)
 
         def work(start: int, end: int) -> None:
+            scratch = torch.empty(room, dtype=torch.int32)
             function(
                 _at(out, start), out.stride(0), _at(logits, start), logits.stride(0), end - start, num_columns,
                 out.shape[1], _at(ids, start), num_ids, _at(shift, start), _at(scale, start), _at(support, start),
+                scratch.data_ptr(),
             )  # fmt: skip
 
         _on_threads(work, num_rows, num_columns)
@@ -127,15 +130,15 @@ def native_rows() -> NativeRows | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.scratch_floats.argtypes = [number]
-    library.scratch_floats.restype = number
+    library.reduce_scratch_floats.argtypes, library.reduce_scratch_floats.restype = [number], number
+    library.expand_scratch_ints.argtypes, library.expand_scratch_ints.restype = [number, number], number
     library.count_larger.restype = None
     library.count_larger.argtypes = [pointer, number, pointer, number, number, pointer]
     for suffix in _SUFFIX.values():
         reduce, expand = getattr(library, f"reduce_{suffix}"), getattr(library, f"expand_{suffix}")
         reduce.restype = expand.restype = None
         reduce.argtypes = [pointer, number, number, number, pointer, number, number, *[pointer] * 5]
-        expand.argtypes = [pointer, number, pointer, *[number] * 4, pointer, number, *[pointer] * 3]
+        expand.argtypes = [pointer, number, pointer, *[number] * 4, pointer, number, *[pointer] * 4]
 
 
 def _agrees(kernel: NativeRows, dtype: torch.dtype) -> bool:
