@@ -1,8 +1,8 @@
-"""``native_rows.c`` as a library of this machine: compiled at first use, kept for the next process, checked by nobody here.
+"""``native_rows.c`` as a library of this machine: compiled at first use and kept for the next process.
 
-Built for the processor that it runs on, so the file's name has that processor in it, as well as source, compiler and
-options. It is written aside and then given its name: whoever finds it finds it whole, and who builds it at the same time
-only works in vain.
+It is built for the processor that it runs on, so the file's name has that processor in it, as well as source, compiler
+and options. It is written aside and then given its name: whoever finds it finds it whole, and who builds it at the same
+time only works in vain. Whether it computes what it should is asked by who loads it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
  *
  * Plain loops that a compiler turns into vectors; what keeps them so is a reason to write one in an unusual way. Rows are
  * worked on a segment at a time, which fits the first-level cache, and reduce keeps one row as float32, which fits the
- * second. Its caller gives it the room for that (scratch_floats).
+ * second. Their caller gives them room, as much as the functions named scratch say, for one call at a time.
  *
  * NaN: a NaN in the tail makes tail_max, tail_sum and the largest of its row NaN, and stays NaN in the gradient. So
  * comparisons below are written such that NaN wins, or is looked for afterwards in the sum.
@@ -16,7 +16,9 @@
 
 /* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
 enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
-enum { LINE = 64, FAR = 1 << 23 }; /* bytes that the cache takes together, and more than it keeps */
+
+/* Bytes: what a cache takes together, more than it keeps, and how far in front of its reading memory is asked. */
+enum { LINE = 64, FAR = 1 << 23, AHEAD = 8192 };
 
 typedef union {
     float f;
@@ -187,6 +189,11 @@ static void largest_by_class(const float *z, float *maxima) {
     }
 }
 
+/* A hint, also where there is nothing. */
+static inline void bring(const char *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 3);
+}
+
 /* And the maximum of its class found again, where it was that. */
 static void remove_column(float *z, float *maxima, int64_t id) {
     int64_t segment = id / SEGMENT, lane = id % LANES;
@@ -207,8 +214,8 @@ static void finish_row(const float *z, const float *maxima, int64_t blocks, int6
     double total = 0.0;
     for (int64_t i = 0; i < blocks * FOLD; i++) {
         /* Memory idles while exponentials are computed: it brings the next row. */
-        int64_t end = next_bytes * (i + 1) / (blocks * FOLD);
-        for (int64_t at = next_bytes * i / (blocks * FOLD); at < end; at += LINE) __builtin_prefetch(next + at, 0, 2);
+        int64_t at = next_bytes * i / (blocks * FOLD);
+        bring(next + at, next_bytes * (i + 1) / (blocks * FOLD) - at);
         const float *x = z + i * SEGMENT;
         float even = 0.0f, odd = 0.0f;
 #pragma omp simd reduction(+ : even, odd)
@@ -228,9 +235,8 @@ static void finish_row(const float *z, const float *maxima, int64_t blocks, int6
     if (k > 0) find_largest(z, maxima, blocks, k, largest, room);
 }
 
-/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. Columns of the support are
- * taken out of the row when the maxima have been found, and those of their classes are then found again: few, and the
- * row is still in the first-level cache when its maxima are. */
+/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. Columns of the support are taken
+ * out of the row when all maxima have been found; those few that were their classes' are then found again. */
 #define REDUCE(NAME, TYPE, FROM)                                                                                       \
     void NAME(const TYPE *logits, int64_t stride, int64_t rows, int64_t columns, const int64_t *ids, int64_t num_ids,  \
               int64_t k, float *support_logits, float *tail_max, float *tail_sum, float *largest, float *scratch) {    \
@@ -289,7 +295,7 @@ static void end_far(void) {
 #endif
 }
 
-/* Of columns and ids. */
+/* The first id of each segment, and the next one of each id. */
 int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns / SEGMENT + 1 + num_ids; }
 
 /* The gradient of rows of `width` logits, of which the first `columns` exist; out may be the logits. Columns of the support
@@ -315,6 +321,7 @@ int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns /
                 }                                                                                                      \
             for (int64_t start = 0; start < columns; start += SEGMENT) {                                               \
                 int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                \
+                bring((const char *)(from + start) + AHEAD, SEGMENT * (int64_t)sizeof(TYPE));                          \
                 _Pragma("omp simd") for (int64_t i = 0; i < length; i++)                                               \
                     part[i] = EXP(FROM(from[start + i]) - shift) * scale;                                              \
                 for (int32_t c = head[start / SEGMENT]; c >= 0; c = next[c])                                           \

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -31,7 +32,7 @@ _PART = 1 << 20
 
 
 class NativeRows:
-    """Rows are split over ``torch.get_num_threads()`` threads, which live for one call; ctypes lets them run at once."""
+    """Rows are split over ``torch.get_num_threads()`` threads, which live for one call."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -112,7 +113,7 @@ class NativeRows:
 
 @functools.cache
 def native_rows() -> NativeRows | None:
-    """The kernel, or None where it is switched off, cannot be built, or is wrong about a probe; then the log says why."""
+    """The kernel; or None where it is switched off, cannot be built or is wrong about a probe, and the log says why."""
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -185,7 +186,7 @@ def _on_threads(work: Callable[[int, int], None], num_rows: int, num_columns: in
         return
     ends = [num_rows * i // num_parts for i in range(num_parts + 1)]
     with ThreadPoolExecutor(num_parts - 1) as pool:
-        others = [pool.submit(work, start, end) for start, end in zip(ends[1:], ends[2:], strict=False)]
+        others = [pool.submit(work, start, end) for start, end in itertools.pairwise(ends[1:])]
         work(0, ends[1])
         for other in others:
             other.result()
