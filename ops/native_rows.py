@@ -170,7 +170,7 @@ def _agrees(kernel: NativeRows, dtype: torch.dtype) -> bool:
         and torch.equal(mine.tail_max, other.tail_max)
         and torch.equal(mine.largest.sort(dim=1).values, other.largest.sort(dim=1).values)
         and torch.allclose(mine.tail_sum, other.tail_sum, rtol=1e-5, atol=0.0)
-        and torch.allclose(*gradients, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=2.0**-30)
+        and torch.allclose(gradients[0], gradients[1], rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=2.0**-30)
     )
 
 
