@@ -60,7 +60,8 @@ class RowKernel(Protocol):
         Args:
             out: [B, W] dtype of ``logits``; may be the same storage. Gets tail_scale · exp(z − tail_shift) on the tail,
                 ``support_gradient`` at ``ids``, 0 at columns that do not exist.
-            tail_shift, tail_scale: [B] working dtype. Finite; the product above does not overflow.
+            tail_shift: [B] working dtype: finite, and no logit of the tail is larger.
+            tail_scale: [B] working dtype.
             support_gradient: [B, C] working dtype; not read where the id is −1.
         """
         ...
