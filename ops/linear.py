@@ -260,7 +260,7 @@ class Head:
 
 
 def _default_block_rows(hidden: Tensor) -> int:
-    """On CPU products of fewer than 64 rows are slow, beyond 256 they get no faster, and multiples of 16 are fastest."""
+    """On CPU products of fewer than 64 rows are slow, of more than 256 no faster, of multiples of 16 fastest."""
     return 2048 if hidden.is_cuda else min(256, max(64, len(hidden) // 72 * 16))
 
 

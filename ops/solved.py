@@ -74,8 +74,8 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def largest_block(num_rows: int, block_rows: int) -> int:
-    """Rows of all ``blocks`` but the last: as even as can be, as a short block runs at half the speed, but a multiple of
-    16 where one fits."""
+    """Rows of all ``blocks`` but the last: as even as can be, as a short block runs at half the speed; but a multiple
+    of 16 where one fits."""
     even = -(-num_rows // max(1, -(-num_rows // block_rows)))
     stepped = -(-even // _STEP) * _STEP
     return stepped if stepped <= min(block_rows, num_rows) else even
