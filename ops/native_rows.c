@@ -1,8 +1,8 @@
 /* The work on whole rows of logits (ops/rows.py says what it is), for float32 and bfloat16, one thread.
  *
  * Plain loops that a compiler turns into vectors; what keeps them so is a reason to write one in an unusual way. Rows are
- * worked on a segment at a time, which fits the first-level cache, and reduce keeps one row as float32, which fits the
- * second. Their caller gives them room, as much as the functions named scratch say, for one call at a time.
+ * worked on a segment at a time, which fits the first-level cache; a row fits the second. Their caller gives them room, as
+ * much as the functions named scratch say, for one call at a time.
  *
  * NaN: a NaN in the tail makes tail_max, tail_sum and the largest of its row NaN, and stays NaN in the gradient. So
  * comparisons below are written such that NaN wins, or is looked for afterwards in the sum.
@@ -128,11 +128,10 @@ static int64_t find_above(const float *x, const int32_t *starts, int64_t num_sta
     return found;
 }
 
-/* The k largest of a row, any order, into out. If k maxima of classes are at least t, so are k columns; and columns above t
- * are in classes whose maxima are, these in blocks' classes whose maxima are. */
-static void find_largest(const float *z, const float *maxima, int64_t blocks, int64_t k, float *out, float *room) {
-    float *coarse = room;
-    int32_t *first = (int32_t *)(room + blocks * LANES), *second = first + blocks * BLOCK_CLASSES + 1;
+/* Where the k largest of a row are: first columns of classes that have some above t. If k maxima of classes are at least t,
+ * so are k columns; and columns above t are in classes whose maxima are, these in blocks' classes whose maxima are. */
+static int64_t find_classes(const float *maxima, int64_t blocks, int64_t k, float *coarse, int32_t *first, int32_t *second,
+                            float *least) {
     for (int64_t b = 0; b < blocks; b++) {
         const float *x = maxima + b * BLOCK_CLASSES;
 #pragma omp simd
@@ -150,15 +149,12 @@ static void find_largest(const float *z, const float *maxima, int64_t blocks, in
     }
     found = find_above(maxima, first, found, FOLD, t, second);
     for (int64_t c = 0; c < found; c++) second[c] = second[c] / LANES * SEGMENT + second[c] % LANES;
-    room = (float *)(second + blocks * BLOCK_CLASSES + 1);
-    int64_t num_classes = found;
-    found = 0;
-    for (int64_t c = 0; c < num_classes; c++)
-        for (int64_t i = 0; i < DEPTH; i++) {
-            float x = z[second[c] + LANES * i];
-            room[found] = x;
-            found += x > t;
-        }
+    *least = t;
+    return found;
+}
+
+/* The k largest into out: all `found` that are above t, and t as often as it takes; too many are in `room`, or too few. */
+static void keep_largest(float *room, int64_t found, int64_t k, float t, float *out) {
     if (found > k) {
         float exact = threshold(room, found, k, 0);
         int64_t kept = 0;
@@ -176,9 +172,24 @@ static void find_largest(const float *z, const float *maxima, int64_t blocks, in
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-/* A row, the maxima of its classes, and what find_largest needs: maxima of blocks' classes, two lists of classes, and
- * columns. Lists are written one place further than they are read. */
-int64_t reduce_scratch_floats(int64_t columns) { return blocks_of(columns) * (2 * BLOCK + 3 * BLOCK_CLASSES + LANES) + 3; }
+/* For a row: maxima of its classes and of its blocks' classes, two lists of classes and one of columns (written one place
+ * further than they are read), the first id of each segment and the next one of each id, a byte for each column. */
+int64_t reduce_scratch_floats(int64_t columns, int64_t num_ids) {
+    return blocks_of(columns) * (3 * BLOCK_CLASSES + LANES + BLOCK + FOLD + BLOCK / 4) + 3 + num_ids;
+}
+
+/* Of expand: the first id of each segment, and the next one of each id. */
+int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns / SEGMENT + 1 + num_ids; }
+
+/* The ids of each segment, from head[segment] on by next[id's place] to -1. */
+static void list_ids(const int64_t *ids, int64_t num_ids, int64_t segments, int32_t *head, int32_t *next) {
+    for (int64_t s = 0; s < segments; s++) head[s] = -1;
+    for (int32_t c = 0; c < num_ids; c++)
+        if (ids[c] >= 0) {
+            next[c] = head[ids[c] / SEGMENT];
+            head[ids[c] / SEGMENT] = c;
+        }
+}
 
 static void largest_by_class(const float *z, float *maxima) {
 #pragma omp simd
@@ -194,72 +205,84 @@ static inline void bring(const char *from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 3);
 }
 
-/* And the maximum of its class found again, where it was that. */
-static void remove_column(float *z, float *maxima, int64_t id) {
-    int64_t segment = id / SEGMENT, lane = id % LANES;
-    float *class = z + segment * SEGMENT + lane, *most = maxima + segment * LANES + lane, x = z[id];
-    z[id] = -INFINITY;
-    if (x < *most) return;
-    float left = class[0];
-    for (int64_t i = 1; i < DEPTH; i++) left = class[LANES * i] > left ? class[LANES * i] : left;
-    *most = left;
-}
-
-static void finish_row(const float *z, const float *maxima, int64_t blocks, int64_t k, float *tail_max, float *tail_sum,
-                       float *largest, float *room, const char *next, int64_t next_bytes) {
+static float largest_of(const float *x, int64_t n) {
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < blocks * BLOCK_CLASSES; i++) most = maxima[i] > most ? maxima[i] : most;
-    float shift = most == -INFINITY ? 0.0f : most;
-    double total = 0.0;
-    for (int64_t i = 0; i < blocks * FOLD; i++) {
-        /* Memory idles while exponentials are computed: it brings the next row. */
-        int64_t at = next_bytes * i / (blocks * FOLD);
-        bring(next + at, next_bytes * (i + 1) / (blocks * FOLD) - at);
-        const float *x = z + i * SEGMENT;
-        float even = 0.0f, odd = 0.0f;
-#pragma omp simd reduction(+ : even, odd)
-        for (int64_t j = 0; j < SEGMENT / 2; j++) {
-            even += exponential(x[j] - shift);
-            odd += exponential(x[j + SEGMENT / 2] - shift);
-        }
-        total += (double)even + (double)odd;
-    }
-    *tail_sum = (float)total;
-    if (total != total) {
-        *tail_max = NAN;
-        for (int64_t i = 0; i < k; i++) largest[i] = NAN;
-        return;
-    }
-    *tail_max = most;
-    if (k > 0) find_largest(z, maxima, blocks, k, largest, room);
+    for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    return most;
 }
 
-/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. Columns of the support are taken
- * out of the row when all maxima have been found; those few that were their classes' are then found again. */
+/* Of a segment. */
+static double sum_exponentials(const float *x, float shift) {
+    float even = 0.0f, odd = 0.0f;
+#pragma omp simd reduction(+ : even, odd)
+    for (int64_t j = 0; j < SEGMENT / 2; j++) {
+        even += exponential(x[j] - shift);
+        odd += exponential(x[j + SEGMENT / 2] - shift);
+    }
+    return (double)even + (double)odd;
+}
+
+/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. A segment is brought to float32,
+ * and columns of the support to -inf, each time that it is needed: the second level of cache is for rows as they are, this
+ * one and the next, which memory brings while exponentials are computed. */
 #define REDUCE(NAME, TYPE, FROM)                                                                                       \
+    static void NAME##_segment(float *part, const TYPE *from, int64_t columns, int64_t start, const int64_t *ids,      \
+                               int32_t first, const int32_t *next) {                                                   \
+        int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                        \
+        _Pragma("omp simd") for (int64_t i = 0; i < length; i++) part[i] = FROM(from[start + i]);                      \
+        for (int64_t i = length; i < SEGMENT; i++) part[i] = -INFINITY;                                                \
+        for (int32_t c = first; c >= 0; c = next[c]) part[ids[c] - start] = -INFINITY;                                 \
+    }                                                                                                                  \
+                                                                                                                       \
     void NAME(const TYPE *logits, int64_t stride, int64_t rows, int64_t columns, const int64_t *ids, int64_t num_ids,  \
               int64_t k, float *support_logits, float *tail_max, float *tail_sum, float *largest, float *scratch) {    \
-        int64_t blocks = blocks_of(columns);                                                                           \
-        float *z = scratch, *maxima = z + blocks * BLOCK, *room = maxima + blocks * BLOCK_CLASSES;                     \
-        for (int64_t i = columns; i < blocks * BLOCK; i++) z[i] = -INFINITY;                                           \
+        int64_t blocks = blocks_of(columns), segments = (columns + SEGMENT - 1) / SEGMENT;                             \
+        int64_t classes = blocks * BLOCK_CLASSES;                                                                      \
+        float part[SEGMENT], *maxima = scratch, *coarse = maxima + classes, *room = coarse + blocks * LANES;           \
+        int32_t *first = (int32_t *)(room + blocks * BLOCK + 1), *second = first + classes + 1;                        \
+        int32_t *head = second + classes + 1, *next = head + blocks * FOLD;                                            \
+        uint8_t *is_out = (uint8_t *)(next + num_ids);                                                                 \
+        for (int64_t i = segments * LANES; i < classes; i++) maxima[i] = -INFINITY;                                    \
+        for (int64_t i = 0; i < blocks * BLOCK; i++) is_out[i] = i >= columns;                                         \
         for (int64_t row = 0; row < rows; row++) {                                                                     \
             const TYPE *from = logits + row * stride;                                                                  \
             const int64_t *mine = ids + row * num_ids;                                                                 \
-            for (int64_t start = 0; start < blocks * BLOCK; start += SEGMENT) {                                        \
-                int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                \
-                _Pragma("omp simd") for (int64_t i = 0; i < length; i++) z[start + i] = FROM(from[start + i]);         \
-                largest_by_class(z + start, maxima + start / DEPTH);                                                   \
+            list_ids(mine, num_ids, segments, head, next);                                                             \
+            for (int64_t s = 0; s < segments; s++) {                                                                   \
+                NAME##_segment(part, from, columns, s * SEGMENT, mine, head[s], next);                                 \
+                largest_by_class(part, maxima + s * LANES);                                                            \
             }                                                                                                          \
-            for (int64_t c = 0; c < num_ids; c++) {                                                                    \
-                int64_t id = mine[c];                                                                                  \
-                support_logits[row * num_ids + c] = id < 0 ? -INFINITY : z[id];                                        \
+            float most = largest_of(maxima, classes), shift = most == -INFINITY ? 0.0f : most;                         \
+            double total = 0.0;                                                                                        \
+            for (int64_t s = 0; s < segments; s++) {                                                                   \
+                if (row + 1 < rows) bring((const char *)(from + stride + s * SEGMENT), SEGMENT * sizeof(TYPE));        \
+                NAME##_segment(part, from, columns, s * SEGMENT, mine, head[s], next);                                 \
+                total += sum_exponentials(part, shift);                                                                \
             }                                                                                                          \
+            tail_sum[row] = (float)total;                                                                              \
+            tail_max[row] = total != total ? NAN : most;                                                               \
             for (int64_t c = 0; c < num_ids; c++)                                                                      \
-                if (mine[c] >= 0) remove_column(z, maxima, mine[c]);                                                   \
-            int64_t next_bytes = row + 1 < rows ? columns * (int64_t)sizeof(TYPE) : 0;                                 \
-            finish_row(z, maxima, blocks, k, tail_max + row, tail_sum + row, largest + row * k, room,                  \
-                       (const char *)(from + stride), next_bytes);                                                     \
+                support_logits[row * num_ids + c] = mine[c] < 0 ? -INFINITY : FROM(from[mine[c]]);                     \
+            if (k == 0) continue;                                                                                      \
+            if (total != total) {                                                                                      \
+                for (int64_t i = 0; i < k; i++) largest[row * k + i] = NAN;                                            \
+                continue;                                                                                              \
+            }                                                                                                          \
+            float t;                                                                                                   \
+            int64_t num_classes = find_classes(maxima, blocks, k, coarse, first, second, &t), found = 0;               \
+            for (int64_t c = 0; c < num_ids; c++)                                                                      \
+                if (mine[c] >= 0) is_out[mine[c]] = 1;                                                                 \
+            for (int64_t c = 0; c < num_classes; c++)                                                                  \
+                for (int64_t i = 0; i < DEPTH; i++) {                                                                  \
+                    int64_t at = second[c] + LANES * i;                                                                \
+                    float x = FROM(from[at < columns ? at : 0]);                                                       \
+                    room[found] = x;                                                                                   \
+                    found += (x > t) & !is_out[at];                                                                    \
+                }                                                                                                      \
+            for (int64_t c = 0; c < num_ids; c++)                                                                      \
+                if (mine[c] >= 0) is_out[mine[c]] = 0;                                                                 \
+            keep_largest(room, found, k, t, largest + row * k);                                                        \
         }                                                                                                              \
     }
 
@@ -295,9 +318,6 @@ static void end_far(void) {
 #endif
 }
 
-/* The first id of each segment, and the next one of each id. */
-int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns / SEGMENT + 1 + num_ids; }
-
 /* The gradient of rows of `width` logits, of which the first `columns` exist; out may be the logits. Columns of the support
  * are put in before a segment leaves the cache: `head` and `next` list those of each. */
 #define EXPAND(NAME, TYPE, FROM, ROUND, EXP)                                                                           \
@@ -313,12 +333,7 @@ int64_t expand_scratch_ints(int64_t columns, int64_t num_ids) { return columns /
             TYPE *to = out + row * out_stride;                                                                         \
             const int64_t *mine = ids + row * num_ids;                                                                 \
             float shift = tail_shift[row], scale = tail_scale[row];                                                    \
-            for (int64_t s = 0; s <= columns / SEGMENT; s++) head[s] = -1;                                             \
-            for (int32_t c = 0; c < num_ids; c++)                                                                      \
-                if (mine[c] >= 0) {                                                                                    \
-                    next[c] = head[mine[c] / SEGMENT];                                                                 \
-                    head[mine[c] / SEGMENT] = c;                                                                       \
-                }                                                                                                      \
+            list_ids(mine, num_ids, columns / SEGMENT + 1, head, next);                                                \
             for (int64_t start = 0; start < columns; start += SEGMENT) {                                               \
                 int64_t length = columns - start < SEGMENT ? columns - start : SEGMENT;                                \
                 bring((const char *)(from + start) + AHEAD, SEGMENT * (int64_t)sizeof(TYPE));                          \

@@ -46,7 +46,7 @@ class NativeRows:
         support_logits, largest = torch.empty(num_rows, num_ids), torch.empty(num_rows, k)
         tail_max, tail_sum = torch.empty(2, num_rows)
         function = self._function("reduce", logits)
-        room = self._library.reduce_scratch_floats(num_columns)
+        room = self._library.reduce_scratch_floats(num_columns, num_ids)
 
         def work(start: int, end: int) -> None:
             scratch = torch.empty(room)
@@ -131,7 +131,7 @@ def native_rows() -> NativeRows | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.reduce_scratch_floats.argtypes, library.reduce_scratch_floats.restype = [number], number
+    library.reduce_scratch_floats.argtypes, library.reduce_scratch_floats.restype = [number, number], number
     library.expand_scratch_ints.argtypes, library.expand_scratch_ints.restype = [number, number], number
     library.count_larger.restype = None
     library.count_larger.argtypes = [pointer, number, pointer, number, number, pointer]
