@@ -4,8 +4,8 @@
  * worked on a segment at a time, which fits the first-level cache; a row fits the second. Their caller gives them room, as
  * much as the functions named scratch say, for one call at a time.
  *
- * NaN: a NaN in the tail makes tail_max, tail_sum and the largest of its row NaN, and stays NaN in the gradient. So
- * comparisons below are written such that NaN wins, or is looked for afterwards in the sum.
+ * NaN: a NaN or +inf in the tail makes tail_max, tail_sum and the largest of its row NaN, and NaN stays NaN in the gradient.
+ * It may get lost in maxima; so it is looked for in the sum, and exponential compares such that NaN wins.
  */
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -153,7 +153,7 @@ static int64_t find_classes(const float *maxima, int64_t blocks, int64_t k, floa
     return found;
 }
 
-/* The k largest into out: all `found` that are above t, and t as often as it takes; too many are in `room`, or too few. */
+/* The k largest into out, of the `found` numbers above t in `room`: too many, or too few, and then t is what is missing. */
 static void keep_largest(float *room, int64_t found, int64_t k, float t, float *out) {
     if (found > k) {
         float exact = threshold(room, found, k, 0);
