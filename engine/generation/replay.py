@@ -191,6 +191,9 @@ class ReplayGenerator:
             paused_s=sum(engine.paused_until_now() for engine in self._engines) / len(self._engines),
         )
 
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
     async def stop(self) -> None:
         for request in list(self._open.values()):
             self.abort(request.request_id)
