@@ -157,7 +157,7 @@ def pose(
         problem=wrong or _what_is_wrong(objective, scores, conditions, num_rows=num_rows, width=width),
     )
     if isinstance(scores, TeacherScores):
-        return Listed(objective, scores, shard, conditions)
+        return Listed(objective, scores, shard, conditions, kept_rows=block_rows)
     return Dense(objective, scores, shard, conditions)
 
 

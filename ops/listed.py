@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ops.coarse import coarsen, entropy, finite, merge, student
+from ops.kernels import kernel_for
 from ops.objectives import Objective
-from ops.rows import RowKernel, kernel_for, no_columns
+from ops.rows import RowKernel, no_columns
 from ops.scores import Support, TeacherScores, check_ids, support_of
 from ops.shards import Shard, Whole, combine
 from ops.solve import Conditions, solve, wants_student_ids
@@ -19,13 +20,16 @@ from ops.solved import Problem, Solved, working_dtype
 class Listed(Problem):
     """Scores on listed ids."""
 
-    def __init__(self, objective: Objective, scores: TeacherScores, shard: Shard, conditions: Conditions) -> None:
+    def __init__(
+        self, objective: Objective, scores: TeacherScores, shard: Shard, conditions: Conditions, *, kept_rows: int
+    ) -> None:
         super().__init__(
             num_columns=shard.num_columns,
             solves_all_at_once=shard.group is not None or scores.top_ids.is_cuda,
         )
         self._objective, self._shard, self._conditions = objective, shard, conditions
         self._support = support_of(scores, vocab_size=shard.vocab_size)
+        self._kernel = kernel_for(scores.top_ids.device, kept_rows=kept_rows)
         self._num_student = wants_student_ids(objective)
         self._extra_logprobs = scores.extra_logprobs
         if self._num_student and scores.extra_ids is not None:
@@ -36,7 +40,7 @@ class Listed(Problem):
             )
 
     def solve(self, logits: Tensor, start: int, end: int) -> Rows:
-        shard, kernel = self._shard, kernel_for(logits.device)
+        shard, kernel = self._shard, self._kernel
         support = self._support.rows(start, end)
         if self._num_student and support.student is None:
             support = self._with_student_ids(support, logits, start, end)

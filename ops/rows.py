@@ -9,8 +9,6 @@ gradient of all logits. What lies in between is [B, C] and shared by all kernels
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,20 +77,3 @@ def no_columns(ids: Tensor, *, k: int, dtype: torch.dtype) -> Reduced:
     support_logits, tail_max, largest = torch.split(nothing, [ids.shape[1], 1, k], dim=1)
     tail_max = tail_max.squeeze(1)
     return Reduced(support_logits, tail_max=tail_max, tail_sum=torch.zeros_like(tail_max), largest=largest)
-
-
-def kernel_for(device: torch.device) -> RowKernel:
-    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere."""
-    if device.type == "cuda" and _has_triton():
-        from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
-
-        kernel: RowKernel = TritonRows()
-        return kernel
-    from ops.torch_rows import TorchRows
-
-    return TorchRows()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("ops.triton_rows") is not None

@@ -26,6 +26,7 @@ class Ranks:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
+        self._is_broken = False
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -72,12 +73,15 @@ class Ranks:
         Raises:
             TimeoutError: a rank does not answer. The pool is of no use afterwards.
         """
+        if self._is_broken:
+            raise TimeoutError("a rank did not answer before; this pool is of no use any more")
         work = pickle.dumps((function.__module__, function.__qualname__, num_ranks, arguments))
         for pipe in self._pipes[:num_ranks]:
             pipe.send_bytes(work)
         outcomes = []
         for rank, pipe in enumerate(self._pipes[:num_ranks]):
             if not pipe.poll(PATIENCE_S):
+                self._is_broken = True
                 raise TimeoutError(f"rank {rank} of {num_ranks} does not answer for {PATIENCE_S:.0f} s")
             outcomes.append(pickle.loads(pipe.recv_bytes()))
         return outcomes
