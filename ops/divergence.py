@@ -191,16 +191,15 @@ class _FromLogits(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool, block_rows: int) -> tuple[Tensor, ...]:
         want_gradient = bool(ctx.needs_input_grad[0])
         rows = logits if has_contiguous_rows(logits) else logits.contiguous()
-        out = Columns(len(logits), logits)
         ctx.gradient, ctx.kept, ctx.inplace = None, None, inplace and want_gradient
         with torch.autocast(logits.device.type, enabled=False):  # the dtypes here are chosen, not guessed
             if problem.solves_all_at_once and logits.is_cuda:
                 solved = problem.solve(rows, 0, len(rows))
-                out.put(0, len(rows), solved)
+                out = Columns.of(solved, rows)
                 ctx.kept = solved if want_gradient else None
                 ctx.save_for_backward(rows)
             else:
-                gradient = None
+                gradient, out = None, Columns(len(rows), rows)
                 if want_gradient:
                     gradient = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
                 for start, end in blocks(len(rows), len(rows) if problem.solves_all_at_once else block_rows):

@@ -1,23 +1,34 @@
-"""Which kernel does the work on whole rows: decided by device, here and nowhere else."""
+"""Which kernels do the work: decided by device, here and nowhere else. Triton's on CUDA, where there is triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-from ops.rows import RowKernel
+from ops.objectives import Objective
+from ops.rows import Reduced, RowKernel
+from ops.scores import Support, TeacherScores, support_of
+from ops.shards import Shard
+from ops.solve import Conditions
+from ops.solved import Solution
 from ops.torch_rows import TorchRows
+
+Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], Solution]
+"""From what a kernel has reduced logits [B, W] to."""
 
 
 def kernel_for(device: torch.device, *, kept_rows: int) -> RowKernel:
-    """A kernel for one call: Triton's where there is a CUDA device and triton, plain torch elsewhere.
+    """A kernel for one call.
 
     Args:
         kept_rows: of how many rows the kernel may keep a copy from ``reduce`` to ``expand``.
     """
-    if device.type == "cuda" and _has_triton():
+    if has_triton(device):
         from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
 
         kernel: RowKernel = TritonRows()
@@ -25,6 +36,28 @@ def kernel_for(device: torch.device, *, kept_rows: int) -> RowKernel:
     return TorchRows(kept_rows)
 
 
+def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
+    """``ops.scores.support_of``, in few launches where launches count."""
+    if has_triton(scores.top_ids.device):
+        from ops.triton_solve import support_by_triton
+
+        return support_by_triton(scores, vocab_size=vocab_size)
+    return support_of(scores, vocab_size=vocab_size)
+
+
+def solver_for(objective: Objective, shard: Shard, device: torch.device) -> Solver | None:
+    """Who solves the objective in one launch; None: nobody, use the shared algebra."""
+    if shard.group is None and has_triton(device):
+        from ops.triton_solve import is_solved_here, solve_by_triton
+
+        return solve_by_triton if is_solved_here(objective) else None
+    return None
+
+
+def has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and _is_installed()
+
+
 @functools.cache
-def _has_triton() -> bool:
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("ops.triton_rows") is not None

@@ -33,11 +33,11 @@ class Shape:
     """Load the next tile before working on this one (reduce only)."""
 
 
-REDUCE = Shape(block=4096, num_warps=8, ahead=True)
-EXPAND = Shape(block=4096, num_warps=8)
-PROGRAMS_PER_PROCESSOR = 16
+REDUCE = Shape(block=1024, num_warps=1)
+EXPAND = Shape(block=8192, num_warps=16, stages=3)
+PROGRAMS_PER_PROCESSOR = 512
 """Rows are split until each multiprocessor has so many programs."""
-CANDIDATES_PER_THREAD = 16
+CANDIDATES_PER_THREAD = 32
 """Of the search for the k largest."""
 
 

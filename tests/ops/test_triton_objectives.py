@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ops.kernels
 import ops.listed
 from ops import (
     ForwardKL,
@@ -21,7 +22,7 @@ from ops import (
     linear_divergence_with_gradients,
     reference_divergence,
 )
-from ops.rows import kernel_for
+from ops.kernels import kernel_for
 from tests.ops.cases import OBJECTIVES, make_case
 from tests.ops.triton_devices import on_each_device
 
@@ -39,6 +40,7 @@ def everywhere_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernel_for(device, **options) if device.type == "cuda" else TritonRows(reduce=shape, expand=shape)
 
     monkeypatch.setattr(ops.listed, "kernel_for", chosen)
+    monkeypatch.setattr(ops.kernels, "has_triton", lambda device: True)
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], scores: TeacherScores) -> TeacherScores:
