@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.dense import Dense
+from ops.kernels import dense_for
 from ops.listed import Listed
 from ops.objectives import Objective
 from ops.scores import TeacherScores
@@ -117,6 +117,7 @@ def divergence(
         conditions,
         num_rows=logits.shape[0],
         width=logits.shape[-1],
+        dtype=logits.dtype,
         device=logits.device,
         tp_group=tp_group,
         vocab_size=vocab_size,
@@ -135,6 +136,7 @@ def pose(
     *,
     num_rows: int,
     width: int,
+    dtype: torch.dtype,
     device: torch.device,
     tp_group: Any,
     vocab_size: int | None,
@@ -158,7 +160,7 @@ def pose(
     )
     if isinstance(scores, TeacherScores):
         return Listed(objective, scores, shard, conditions, kept_rows=block_rows)
-    return Dense(objective, scores, shard, conditions)
+    return dense_for(objective, scores, shard, conditions, student_dtype=dtype)
 
 
 def check_block_rows(block_rows: int) -> None:

@@ -10,12 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ops.dense import Dense
 from ops.objectives import Objective
 from ops.rows import Reduced, RowKernel
 from ops.scores import Support, TeacherScores, support_of
 from ops.shards import Shard
 from ops.solve import Conditions
-from ops.solved import Solution
+from ops.solved import Problem, Solution
 from ops.torch_rows import TorchRows
 
 Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], Solution]
@@ -48,10 +49,24 @@ def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
 def solver_for(objective: Objective, shard: Shard, device: torch.device) -> Solver | None:
     """Who solves the objective in one launch; None: nobody, use the shared algebra."""
     if shard.group is None and has_triton(device):
-        from ops.triton_solve import is_solved_here, solve_by_triton
+        from ops.triton_objectives import has_formula
+        from ops.triton_solve import solve_by_triton
 
-        return solve_by_triton if is_solved_here(objective) else None
+        return solve_by_triton if has_formula(objective) else None
     return None
+
+
+def dense_for(
+    objective: Objective, teacher: Tensor, shard: Shard, conditions: Conditions, *, student_dtype: torch.dtype
+) -> Problem:
+    """The problem that a teacher's logits pose, [T, W] of this rank."""
+    if shard.group is None and student_dtype != torch.float64 != teacher.dtype and has_triton(teacher.device):
+        from ops.triton_dense import TritonDense
+        from ops.triton_objectives import has_formula
+
+        if has_formula(objective):
+            return TritonDense(objective, teacher, shard, conditions)
+    return Dense(objective, teacher, shard, conditions)
 
 
 def has_triton(device: torch.device) -> bool:

@@ -207,6 +207,7 @@ class Head:
             conditions,
             num_rows=hidden.shape[0],
             width=weight.shape[0],
+            dtype=hidden.dtype,
             device=hidden.device,
             tp_group=tp_group,
             vocab_size=vocab_size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 from ops import triton_terms
-from ops.objectives import JSD, ForwardKL, Plain, ReverseKL, SkewKL
+from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,11 @@ class Formula:
     SHARE: float = 0.5
     LOG_SHARE: float = 0.0
     LOG_REST: float = 0.0
+
+
+def has_formula(objective: Objective) -> bool:
+    """It is a plain one."""
+    return isinstance(objective, get_args(Plain))
 
 
 def formula_of(objective: Plain) -> Formula:

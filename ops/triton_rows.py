@@ -189,11 +189,15 @@ class TritonRows:
         return largest
 
     def _splits(self, num_rows: int, num_columns: int, block: int, device: torch.device) -> tuple[int, int]:
-        """Into how many programs a row is split, and how many tiles each of them gets."""
-        num_blocks = max(1, triton.cdiv(num_columns, block))
-        wanted = triton.cdiv(self._programs_per_processor * _num_processors(device), max(1, num_rows))
-        blocks_per_split = triton.cdiv(num_blocks, min(wanted, num_blocks))
-        return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
+        return splits(num_rows, num_columns, block, self._programs_per_processor * num_processors(device))
+
+
+def splits(num_rows: int, num_columns: int, block: int, num_programs: int) -> tuple[int, int]:
+    """Into how many programs a row is split to make so many in all, and how many tiles each of them gets."""
+    num_blocks = max(1, triton.cdiv(num_columns, block))
+    wanted = triton.cdiv(num_programs, max(1, num_rows))
+    blocks_per_split = triton.cdiv(num_blocks, min(wanted, num_blocks))
+    return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
 
 
 def _merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +228,7 @@ def _power_of_two(count: int) -> int:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -27,10 +27,6 @@ from ops.triton_solve_kernels import BUCKET, IGNORE, RENORMALISE, make_support, 
 _TAILS: dict[Tail, int] = {"bucket": BUCKET.value, "renormalise": RENORMALISE.value, "ignore": IGNORE.value}
 
 
-def is_solved_here(objective: Objective) -> bool:
-    return isinstance(objective, get_args(Plain))
-
-
 def support_by_triton(scores: TeacherScores, *, vocab_size: int) -> Support:
     """``ops.scores.support_of`` in one launch; that ids are below ``vocab_size`` is asserted by the device."""
     num_rows, num_top = scores.top_ids.shape
@@ -67,7 +63,7 @@ def solve_by_triton(
     """What ``ops.listed`` computes from ``reduced``, in its dtype.
 
     Args:
-        objective: one that ``is_solved_here``.
+        objective: one that ``has_formula``.
         reduced: of all columns of ``logits`` [B, W].
     """
     assert isinstance(objective, get_args(Plain))
