@@ -14,7 +14,7 @@ A *sequence* is something of which a row has a log-sum-exp:
 import triton
 import triton.language as tl
 
-from ops.triton_terms import finite, log_or_minus_inf, term
+from ops.triton_terms import exp, finite, log_or_minus_inf, term
 
 STUDENT = tl.constexpr(0)
 TEACHER = tl.constexpr(1)
@@ -123,19 +123,19 @@ def dense_sums(
         z, t = _load(logits, teacher, block * BLOCK, column, num_columns, width, BLOCK)
         if TEMPERATURE != 1.0:
             log_p, log_q = t - t1_shift - t1_log_total, z - z1_shift - z1_log_total
-            p_entropy -= tl.exp(log_p) * finite(log_p)
-            q_entropy -= tl.exp(log_q) * finite(log_q)
+            p_entropy -= exp(log_p) * finite(log_p)
+            q_entropy -= exp(log_q) * finite(log_q)
             z, t = z / TEMPERATURE, t / TEMPERATURE
         log_p, log_q = t - t_shift - t_log_total, z - z_shift - z_log_total
         if TEMPERATURE == 1.0:
-            p_entropy -= tl.exp(log_p) * finite(log_p)
-            q_entropy -= tl.exp(log_q) * finite(log_q)
+            p_entropy -= exp(log_p) * finite(log_p)
+            q_entropy -= exp(log_q) * finite(log_q)
         if LOG_FLOOR is not None:
             log_p = tl.where(log_p == float("-inf"), log_q + floor, log_p)
         summand, slope = term(log_p, log_q, KIND, SHARE, LOG_SHARE, LOG_REST, True)
         value += summand
         weight += slope
-        total += tl.exp(log_q)
+        total += exp(log_q)
     sums += row * NUM_SUMS * num_splits + split
     tl.store(sums, tl.sum(value))
     tl.store(sums + num_splits, tl.sum(weight))
@@ -194,7 +194,7 @@ def dense_gradient(
         if LOG_FLOOR is not None:
             log_p = tl.where(log_p == float("-inf"), log_q + floor, log_p)
         _, slope = term(log_p, log_q, KIND, SHARE, LOG_SHARE, LOG_REST, True)
-        gradient = (slope - tl.exp(log_q) * own_mean) * scale
+        gradient = (slope - exp(log_q) * own_mean) * scale
         tl.store(out + start + column, gradient.to(out.dtype.element_ty), mask=column < width - start)
 
 
@@ -215,14 +215,14 @@ def _absorb(x, peak, total):
     """One step of the online softmax: ``peak`` [CHUNKS] so far, ``total`` [CHUNKS, CHUNK] Σ exp(x − peak)."""
     new_peak = tl.maximum(peak, tl.max(x, axis=1))
     shift = finite(new_peak)
-    return new_peak, total * tl.exp(peak - shift)[:, None] + tl.exp(x - shift[:, None])
+    return new_peak, total * exp(peak - shift)[:, None] + exp(x - shift[:, None])
 
 
 @triton.jit
 def _store_sequence(statistics, SEQUENCE: tl.constexpr, num_splits, peak, total):
     highest = tl.max(peak)
     tl.store(statistics + SEQUENCE * 2 * num_splits, highest)
-    scaled = tl.sum(total, axis=1) * tl.exp(peak - finite(highest))
+    scaled = tl.sum(total, axis=1) * exp(peak - finite(highest))
     tl.store(statistics + (SEQUENCE * 2 + 1) * num_splits, tl.sum(scaled))
 
 
@@ -234,7 +234,7 @@ def _sequence(statistics, SEQUENCE: tl.constexpr, num_splits, SPLITS: tl.constex
     peak = tl.load(statistics + SEQUENCE * 2 * num_splits + at, mask=inside, other=float("-inf"))
     total = tl.load(statistics + (SEQUENCE * 2 + 1) * num_splits + at, mask=inside, other=0.0)
     shift = finite(tl.max(peak))
-    return shift, finite(log_or_minus_inf(tl.sum(total * tl.exp(peak - shift))))
+    return shift, finite(log_or_minus_inf(tl.sum(total * exp(peak - shift))))
 
 
 @triton.jit

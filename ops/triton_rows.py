@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.rows import Reduced
 from ops.torch_rows import TorchRows
-from ops.triton_kernels import expand_row, largest_of_tail, prepare_support, reduce_tail
+from ops.triton_kernels import expand_row, largest_of_tail, merge_splits, prepare_support, reduce_tail
 
 _MIN_LANES = 16
 
@@ -202,11 +202,16 @@ def splits(num_rows: int, num_columns: int, block: int, num_programs: int) -> tu
 
 def _merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """[B, splits] to [B]."""
-    if maxima.shape[1] == 1:
-        return maxima.squeeze(1), sums.squeeze(1)
-    tail_max = maxima.amax(dim=1)
-    shift = tail_max.masked_fill(tail_max == -torch.inf, 0.0)
-    return tail_max, (sums * (maxima - shift.unsqueeze(1)).exp()).sum(dim=1)
+    num_rows, num_splits = maxima.shape
+    if num_splits == 1 or num_rows == 0:
+        return maxima[:, 0], sums[:, 0]
+    tail_max, tail_sum = maxima.new_empty((2, num_rows))
+    padded = _power_of_two(num_splits)
+    rows = max(1, 512 // padded)
+    merge_splits[(triton.cdiv(num_rows, rows),)](
+        maxima, sums, tail_max, tail_sum, num_rows, num_splits, ROWS=rows, SPLITS=padded, num_warps=1
+    )
+    return tail_max, tail_sum
 
 
 def _chunk(num_columns: int, k: int) -> int:
