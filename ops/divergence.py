@@ -2,9 +2,9 @@
 
     T positions    V vocabulary    W columns of this rank (V, on one)    K teacher's top-k    z logits    q = softmax(z)
 
-On CPU the forward pass computes the gradient along with the value, in blocks of rows that stay in the cache, and the
-backward pass only scales it. On CUDA the forward pass reads the logits and the backward pass writes the gradient, with
-its scale, once. Where the logits come from a linear head, ``ops.linear`` does without a [T, V] tensor altogether.
+The forward pass reads the logits once and keeps a few numbers per row. The backward pass reads them again and writes
+the gradient once, scaled by what comes from above. Where the logits come from a linear head, ``ops.linear`` does
+without a [T, V] tensor altogether.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ops.objectives import Objective
 from ops.scores import TeacherScores
 from ops.shards import find_shard
 from ops.solve import Conditions, wants_student_ids
-from ops.solved import METRICS, Columns, Problem, blocks
+from ops.solved import METRICS, Columns, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +92,11 @@ def divergence(
         vocab_size: V where columns are padded: a column at or beyond it is not there, whatever it holds, and its
             gradient is 0.
         vocab_start: id of this rank's first column, with ``vocab_size``; None: the ranks tell each other their widths.
-        inplace: the gradient takes the place of the logits (of a leaf's, too). Who needs the logits afterwards gets
-            autograd's error about a tensor that was modified. Without a gradient to compute nothing is written.
-        block_rows: largest number of rows on which a copy in float32 (float64 for float64 logits) exists at a time.
+        inplace: the backward pass writes the gradient over the logits (over a leaf's, too), instead of beside them.
+            Whoever needs the logits after that, a second backward pass for one, gets autograd's error about a tensor
+            that was modified.
+        block_rows: rows of a teacher's logits that are worked on at a time, in several copies in float32 (float64 for
+            float64 logits). With ``TeacherScores`` the copies are of a megabyte.
 
     Raises:
         ValueError: shapes disagree, an id is out of range, or the objective needs what is not given. If one rank of
@@ -125,7 +127,7 @@ def divergence(
         block_rows=block_rows,
         wrong=wrong,
     )
-    values, *metrics = _FromLogits.apply(logits, problem, inplace, block_rows)  # type: ignore[no-untyped-call]
+    values, *metrics = _FromLogits.apply(logits, problem, inplace)  # type: ignore[no-untyped-call]
     return Divergence(values=values, metrics=dict(zip(METRICS, metrics, strict=True)))
 
 
@@ -159,8 +161,8 @@ def pose(
         problem=wrong or _what_is_wrong(objective, scores, conditions, num_rows=num_rows, width=width),
     )
     if isinstance(scores, TeacherScores):
-        return Listed(objective, scores, shard, conditions, kept_rows=block_rows)
-    return dense_for(objective, scores, shard, conditions, student_dtype=dtype)
+        return Listed(objective, scores, shard, conditions)
+    return dense_for(objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows)
 
 
 def check_block_rows(block_rows: int) -> None:
@@ -190,30 +192,13 @@ def _what_is_wrong(
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool, block_rows: int) -> tuple[Tensor, ...]:
-        want_gradient = bool(ctx.needs_input_grad[0])
+    def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool) -> tuple[Tensor, ...]:
         rows = logits if has_contiguous_rows(logits) else logits.contiguous()
-        ctx.gradient, ctx.kept, ctx.inplace = None, None, inplace and want_gradient
-        with torch.autocast(logits.device.type, enabled=False):  # the dtypes here are chosen, not guessed
-            if problem.solves_all_at_once and logits.is_cuda:
-                solved = problem.solve(rows, 0, len(rows))
-                out = Columns.of(solved, rows)
-                ctx.kept = solved if want_gradient else None
-                ctx.save_for_backward(rows)
-            else:
-                gradient, out = None, Columns(len(rows), rows)
-                if want_gradient:
-                    gradient = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
-                for start, end in blocks(len(rows), len(rows) if problem.solves_all_at_once else block_rows):
-                    solved = problem.solve(rows[start:end], start, end)
-                    out.put(start, end, solved)
-                    if gradient is not None:
-                        solved.write(gradient[start:end], rows[start:end])
-                if ctx.inplace:
-                    torch.autograd.graph.increment_version(logits)
-                    ctx.save_for_backward(logits)
-                else:
-                    ctx.gradient = gradient
+        with torch.autocast(rows.device.type, enabled=False):  # the dtypes here are chosen, not guessed
+            solved = problem.solve(rows, 0, len(rows))
+        out = Columns.of(solved, rows)
+        ctx.solved, ctx.inplace = solved, inplace
+        ctx.save_for_backward(rows)
         ctx.mark_non_differentiable(*out.metrics.values())
         ctx.set_materialize_grads(False)
         return out.values, *out.metrics.values()
@@ -223,37 +208,15 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         if scale is None:
-            return None, None, None, None
-        if ctx.kept is not None:
-            (logits,) = ctx.saved_tensors  # autograd raises when they have changed since
-            logits = logits.detach()
-            out = logits if ctx.inplace else torch.empty_like(logits)
-            ctx.kept.write(out, logits, scale)
-            torch.autograd.graph.increment_version(out)
-            return out, None, None, None
-        gradient: Tensor | None = ctx.saved_tensors[0].detach() if ctx.inplace else ctx.gradient
-        if gradient is None:
-            raise RuntimeError("the gradient was handed out by the backward pass before; retain_graph=True keeps it")
-        if _is_kept_for_another_backward():
-            return _scaled(gradient, scale, out=torch.empty_like(gradient)), None, None, None
-        ctx.gradient = None
-        return _scaled(gradient, scale, out=gradient), None, None, None
+            return None, None, None
+        logits: Tensor = ctx.saved_tensors[0].detach()  # autograd raises when they have changed since
+        out = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        with torch.autocast(out.device.type, enabled=False):
+            ctx.solved.write(out, logits, scale)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(out)  # a kernel may write behind autograd's back
+        return out, None, None
 
 
 def has_contiguous_rows(logits: Tensor) -> bool:
     return logits.shape[1] < 2 or logits.stride(1) == 1
-
-
-def _is_kept_for_another_backward() -> bool:
-    """Whether this backward pass was called with ``retain_graph=True``: if not, the gradient need not be copied."""
-    keep_graph: bool = torch._C._autograd._get_current_graph_task_keep_graph()
-    return keep_graph
-
-
-def _scaled(gradient: Tensor, scale: Tensor, *, out: Tensor) -> Tensor:
-    """scale [T] times gradient [T, W], in the dtype of ``scale``: rounded once, and no factor rounded to bfloat16."""
-    if out is gradient and scale.device.type == "cpu" and bool((scale == 1.0).all()):
-        return gradient
-    for start, end in blocks(len(gradient), 16):
-        out[start:end] = gradient[start:end] * scale[start:end].unsqueeze(1)
-    return out

@@ -23,18 +23,14 @@ Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], 
 """From what a kernel has reduced logits [B, W] to."""
 
 
-def kernel_for(device: torch.device, *, kept_rows: int) -> RowKernel:
-    """A kernel for one call.
-
-    Args:
-        kept_rows: of how many rows the kernel may keep a copy from ``reduce`` to ``expand``.
-    """
+def kernel_for(device: torch.device) -> RowKernel:
+    """A kernel for one call."""
     if has_triton(device):
         from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
 
         kernel: RowKernel = TritonRows()
         return kernel
-    return TorchRows(kept_rows)
+    return TorchRows()
 
 
 def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
@@ -57,7 +53,13 @@ def solver_for(objective: Objective, shard: Shard, device: torch.device) -> Solv
 
 
 def dense_for(
-    objective: Objective, teacher: Tensor, shard: Shard, conditions: Conditions, *, student_dtype: torch.dtype
+    objective: Objective,
+    teacher: Tensor,
+    shard: Shard,
+    conditions: Conditions,
+    *,
+    student_dtype: torch.dtype,
+    block_rows: int,
 ) -> Problem:
     """The problem that a teacher's logits pose, [T, W] of this rank."""
     if shard.group is None and student_dtype != torch.float64 != teacher.dtype and has_triton(teacher.device):
@@ -66,7 +68,7 @@ def dense_for(
 
         if has_formula(objective):
             return TritonDense(objective, teacher, shard, conditions)
-    return Dense(objective, teacher, shard, conditions)
+    return Dense(objective, teacher, shard, conditions, block_rows=block_rows)
 
 
 def has_triton(device: torch.device) -> bool:

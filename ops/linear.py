@@ -59,9 +59,9 @@ def linear_divergence(
         scores: of the same T positions; or the teacher's logits [T, V] (this rank's [T, W]).
         bias: [V] (this rank's [W]) or None.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, in its dtype.
-        block_rows: largest number of full-vocabulary rows held at a time. None: 256; on CUDA, where each block reads and
-            writes the head's whole gradient once and a product of few rows is a slow one, what fits 640 MiB of logits,
-            but at least 1024 rows and no more than half of T.
+        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256; on CUDA,
+            where each block reads and writes the head's whole gradient once and a product of few rows is a slow one,
+            what fits 640 MiB of logits, but at least 1024 rows and no more than half of T.
 
         The others are those of ``divergence``.
 
@@ -134,7 +134,7 @@ def linear_divergence_with_gradients(
         clamp=clamp,
     )
     if workspace is not None:
-        block_rows = workspace.shape[0] if block_rows is None else min(block_rows, workspace.shape[0])
+        block_rows = min(_block_rows(block_rows, hidden, head_weight), workspace.shape[0])
     head = Head(
         objective,
         hidden,
@@ -190,8 +190,7 @@ class Head:
         *,
         block_rows: int | None,
     ) -> None:
-        if block_rows is None:
-            block_rows = _block_rows_on_cuda(hidden, num_columns=weight.shape[0]) if hidden.is_cuda else 256
+        block_rows = _block_rows(block_rows, hidden, weight)
         check_block_rows(block_rows)
         wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -261,10 +260,15 @@ class Head:
         return out
 
 
-def _block_rows_on_cuda(hidden: Tensor, *, num_columns: int) -> int:
-    """On an H100, blocks of 2048 rows of 151936 columns were the fastest of 512 to 4096, and 4096 of 32000."""
-    fit = 640 * 2**20 // max(1, num_columns * hidden.element_size())
-    return max(1024, min(fit, -(-hidden.shape[0] // 2)))
+def _block_rows(block_rows: int | None, hidden: Tensor, weight: Tensor) -> int:
+    if block_rows is not None:
+        return block_rows
+    if hidden.is_cuda:
+        # On an H100, of 512 to 4096, 2048 rows of 151936 columns were the fastest, and 4096 of 32000.
+        fit = 640 * 2**20 // max(1, len(weight) * hidden.element_size())
+        return max(1024, min(fit, -(-len(hidden) // 2)))
+    # Products of fewer than 64 rows are slow, and beyond 256 they get no faster.
+    return min(256, max(64, -(-len(hidden) // 5)))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

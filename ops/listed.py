@@ -20,16 +20,11 @@ from ops.solved import Problem, Solution, Solved, working_dtype
 class Listed(Problem):
     """Scores on listed ids."""
 
-    def __init__(
-        self, objective: Objective, scores: TeacherScores, shard: Shard, conditions: Conditions, *, kept_rows: int
-    ) -> None:
-        super().__init__(
-            num_columns=shard.num_columns,
-            solves_all_at_once=shard.group is not None or scores.top_ids.is_cuda,
-        )
+    def __init__(self, objective: Objective, scores: TeacherScores, shard: Shard, conditions: Conditions) -> None:
+        super().__init__(num_columns=shard.num_columns)
         self._objective, self._shard, self._conditions = objective, shard, conditions
         self._support = support_for(scores, vocab_size=shard.vocab_size)
-        self._kernel = kernel_for(scores.top_ids.device, kept_rows=kept_rows)
+        self._kernel = kernel_for(scores.top_ids.device)
         self._solver = solver_for(objective, shard, scores.top_ids.device)
         self._num_student = wants_student_ids(objective)
         self._extra_logprobs = scores.extra_logprobs

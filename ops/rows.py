@@ -31,7 +31,7 @@ class Reduced:
 
 
 class RowKernel(Protocol):
-    """Stateless, or with state that ``expand`` may use when it follows ``reduce`` of the same rows."""
+    """No call depends on another one."""
 
     def reduce(self, logits: Tensor, ids: Tensor, *, num_columns: int, k: int) -> Reduced:
         """Read the rows.

@@ -122,10 +122,10 @@ def wants_student_ids(objective: Objective) -> int:
     return max((leaf.k for _, leaf in leaves(objective) if isinstance(leaf, StudentTopKReverseKL)), default=0)
 
 
-Terms: TypeAlias = tuple[list[tuple[float, Tensor, Tensor, Tensor]], Tensor]
+Summands: TypeAlias = list[tuple[float, Tensor, Tensor, Tensor]]
 
 
-def terms(objective: Plain, log_p: Tensor, log_q: Tensor) -> Terms:
+def terms(objective: Plain, log_p: Tensor, log_q: Tensor) -> tuple[Summands, Tensor]:
     """The sum that the objective is, per category.
 
     Args:

@@ -14,7 +14,7 @@ METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "s
 
 @dataclass(frozen=True, eq=False)
 class Solved(ABC):
-    """B rows."""
+    """B rows: a few numbers for each, from which the gradient can be written when the logits are at hand."""
 
     values: Tensor
     """[B] nats, working dtype or float64."""
@@ -48,11 +48,9 @@ class Solution:
 class Problem(ABC):
     """An objective, a teacher's view of T rows, and all that is asked besides."""
 
-    def __init__(self, *, num_columns: int, solves_all_at_once: bool) -> None:
+    def __init__(self, *, num_columns: int) -> None:
         self.num_columns = num_columns
         """Of a row of this rank's logits, those that exist."""
-        self.solves_all_at_once = solves_all_at_once
-        """Collectives or launches cost more than a smaller block gains, and what ``solve`` keeps is small."""
 
     @abstractmethod
     def solve(self, logits: Tensor, start: int, end: int) -> Solved:

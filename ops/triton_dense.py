@@ -35,7 +35,7 @@ class TritonDense(Problem):
 
     def __init__(self, objective: Objective, teacher: Tensor, shard: Shard, conditions: Conditions) -> None:
         assert isinstance(objective, get_args(Plain))
-        super().__init__(num_columns=shard.num_columns, solves_all_at_once=True)
+        super().__init__(num_columns=shard.num_columns)
         self._conditions = conditions
         self._teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
         self._formula = asdict(formula_of(objective))

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from ops import triton_terms
 from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL
+from ops.triton_terms import FORWARD, MEAN, REVERSE, SKEWED, SKEWED_REVERSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ def has_formula(objective: Objective) -> bool:
 def formula_of(objective: Plain) -> Formula:
     match objective:
         case ForwardKL() | JSD(beta=0.0) | SkewKL(alpha=0.0, reverse=False):
-            return Formula(KIND=triton_terms.FORWARD.value)
+            return Formula(KIND=FORWARD.value)
         case ReverseKL() | JSD(beta=1.0) | SkewKL(alpha=0.0, reverse=True):
-            return Formula(KIND=triton_terms.REVERSE.value)
+            return Formula(KIND=REVERSE.value)
         case JSD(beta=share):
-            return _mixed(triton_terms.MEAN.value, share)
+            return _mixed(MEAN.value, share)
         case SkewKL(alpha=share, reverse=False):
-            return _mixed(triton_terms.SKEWED.value, share)
+            return _mixed(SKEWED.value, share)
         case SkewKL(alpha=share, reverse=True):
-            return _mixed(triton_terms.SKEWED_REVERSE.value, share)
+            return _mixed(SKEWED_REVERSE.value, share)
     raise TypeError(f"{objective!r} does not compare two distributions")
 
 

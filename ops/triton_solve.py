@@ -119,7 +119,7 @@ def _with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _power_of_two(count: int) -> int:
-    return max(16, triton.next_power_of_2(count))
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def _warps(lanes: int) -> int:

@@ -1,6 +1,6 @@
 """The plain objectives per category, as device code in any float dtype: what ``ops.solve.terms`` and ``excess`` define.
 
-    p, q teacher and student, as logarithms; −inf where a category is absent
+p, q teacher and student, as logarithms; −inf where a category is absent
 """
 
 # mypy: ignore-errors
@@ -77,11 +77,7 @@ def finite(x):
 @triton.jit
 def exp(x):
     """In float32 without the denormal results that ``tl.exp`` spends three more instructions on."""
-    if x.dtype.primitive_bitwidth == 64:
-        y = tl.exp(x)
-    else:
-        y = tl.exp2(x * LOG2_E)
-    return y
+    return tl.exp(x) if x.dtype.primitive_bitwidth == 64 else tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -105,7 +101,7 @@ def _part(a, b, log_ratio, EXCESS: tl.constexpr):
 
 @triton.jit
 def _exp_rest(x):
-    """exp(−x) − 1 + x to the last digit, by its series x²/2 (1 − x/3 (1 − x/4 (1 − …))): of |x| < 1, or ½ in float32."""
+    """exp(−x) − 1 + x to the last digit, by its series x²/2 (1 − x/3 (1 − x/4 …)): |x| < 1, in float32 < ½."""
     if x.dtype.primitive_bitwidth == 64:
         rest = x * (-1.0 / 20) + 1.0
         for i in tl.static_range(17):

@@ -43,6 +43,7 @@ BENCHES = (
     Bench("pool"),
     Bench("tracing"),
     Bench("teacher_wire"),
+    Bench("losses"),
     Bench("generation", arguments=("--cpu-time",)),
     Bench("first_rollout"),
     Bench("memory"),

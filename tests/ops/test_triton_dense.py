@@ -60,7 +60,7 @@ def check(
 ) -> None:
     shard = Shard(start=0, num_columns=num_columns, vocab_size=num_columns)
     exact = logits.double(), teacher.double()
-    expected = Dense(objective, exact[1], shard, conditions).solve(exact[0], 0, len(logits))
+    expected = Dense(objective, exact[1], shard, conditions, block_rows=2).solve(exact[0], 0, len(logits))
     weights = None if conditions.token_weights is None else conditions.token_weights.to(device)
     there = Conditions(
         temperature=conditions.temperature,
@@ -83,9 +83,7 @@ def check(
 
 
 def assert_close(found: Tensor, expected: Tensor, name: str, rtol: float, atol: float) -> None:
-    torch.testing.assert_close(
-        found.double().cpu(), expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}"
-    )
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
 @on_each_device

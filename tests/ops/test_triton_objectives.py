@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from ops import (
     reference_divergence,
 )
 from ops.kernels import kernel_for
+from ops.rows import RowKernel
 from tests.ops.cases import OBJECTIVES, make_case
 from tests.ops.triton_devices import on_each_device
 
@@ -36,8 +36,8 @@ def everywhere_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors, too, go to the Triton kernels, in tiles that short rows have several of."""
     shape = Shape(block=128, num_warps=4, ahead=True)
 
-    def chosen(device: torch.device, **options: Any) -> object:
-        return kernel_for(device, **options) if device.type == "cuda" else TritonRows(reduce=shape, expand=shape)
+    def chosen(device: torch.device) -> RowKernel:
+        return kernel_for(device) if device.type == "cuda" else TritonRows(reduce=shape, expand=shape)
 
     monkeypatch.setattr(ops.listed, "kernel_for", chosen)
     monkeypatch.setattr(ops.kernels, "has_triton", lambda device: True)

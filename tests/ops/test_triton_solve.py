@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from ops.shards import Shard
 from ops.solve import Conditions
 from ops.solved import Solution
 from ops.torch_rows import TorchRows
-from tests.ops.cases import COMPARISONS, cases, make_case
+from tests.ops.cases import COMPARISONS, Case, cases, make_case
 from tests.ops.triton_devices import INTERPRETED, on_each_device
 
 from ops.triton_solve import solve_by_triton, support_by_triton  # isort: skip  # the line above skips without triton
@@ -27,17 +27,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 
 
 def on(device: str, scores: TeacherScores) -> TeacherScores:
-    given = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    return TeacherScores(**{name: None if x is None else x.to(device) for name, x in given.items()})
+    return replace(
+        scores,
+        top_ids=scores.top_ids.to(device),
+        top_logprobs=scores.top_logprobs.to(device),
+        sampled_ids=scores.sampled_ids.to(device),
+        sampled_logprobs=scores.sampled_logprobs.to(device),
+    )
 
 
-def by_triton(
-    objective: Plain, logits: Tensor, scores: TeacherScores, conditions: Conditions, device: str
-) -> Solution:
+def by_triton(objective: Plain, logits: Tensor, scores: TeacherScores, conditions: Conditions, device: str) -> Solution:
     """float64 all the way: what reduces the rows is plain torch."""
     support = support_by_triton(on(device, scores), vocab_size=logits.shape[1])
     logits = logits.to(device)
-    kernel = TorchRows(len(logits))
+    kernel = TorchRows()
     reduced = kernel.reduce(logits, support.ids, num_columns=logits.shape[1], k=support.num_top)
     weights = conditions.token_weights
     there = replace(conditions, token_weights=None if weights is None else weights.to(device))
@@ -53,7 +56,7 @@ def check(
     rtol: float = 1e-9,
 ) -> None:
     shard = Shard(start=0, num_columns=logits.shape[1], vocab_size=logits.shape[1])
-    expected = Listed(objective, scores, shard, conditions, kept_rows=len(logits)).solve(logits, 0, len(logits))
+    expected = Listed(objective, scores, shard, conditions).solve(logits, 0, len(logits))
     assert isinstance(expected, Rows)
 
     found = by_triton(objective, logits, scores, conditions, device)
@@ -85,9 +88,8 @@ def conditions_of(draw: st.DrawFn, num_rows: int) -> Conditions:
 @pytest.mark.skipif(not INTERPRETED, reason="on a card each draw would be compiled")
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(objective=st.sampled_from(COMPARISONS), case=cases(), data=st.data())
-def test_every_objective_is_solved_as_by_the_algebra(objective: Plain, case: object, data: st.DataObject) -> None:
-    logits, scores = getattr(case, "logits"), getattr(case, "scores")  # noqa: B009
-    check(objective, logits, scores, data.draw(conditions_of(len(logits))))
+def test_every_objective_is_solved_as_by_the_algebra(objective: Plain, case: Case, data: st.DataObject) -> None:
+    check(objective, case.logits, case.scores, data.draw(conditions_of(len(case.logits))))
 
 
 @on_each_device
@@ -100,8 +102,8 @@ def test_a_list_of_64_is_solved_as_by_the_algebra(device: str, objective: Plain)
 @on_each_device
 @pytest.mark.parametrize("objective", COMPARISONS, ids=repr)
 def test_rows_at_the_edges_are_solved_as_by_the_algebra(device: str, objective: Plain) -> None:
-    """Rows: nothing named; a column that only the teacher has; the teacher's mass above 1; logits of ±1e4; all alike; no
-    column at all."""
+    """Rows: nothing named; a column that only the teacher has; the teacher's mass above 1; logits of ±1e4; all alike;
+    no column at all."""
     logits = torch.linspace(-2.0, 3.0, 12, dtype=torch.float64).repeat(6, 1)
     top_ids = torch.tensor([0, 3, 5, 11]).repeat(6, 1)
     top_logprobs = torch.tensor([0.1, 0.2, 0.3, 0.05], dtype=torch.float64).log().repeat(6, 1)
