@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import get_args
 
 import torch
-import triton
 from torch import Tensor
 
 from ops.coarse import TAIL_FLOOR
@@ -69,8 +68,9 @@ def solve_by_triton(
     assert isinstance(objective, get_args(Plain))
     num_rows, num_ids = support.ids.shape
     support_gradient = torch.empty_like(reduced.support_logits)
-    by_row = support_gradient.new_empty((3 + len(METRICS), num_rows))
-    values, tail_shift, tail_scale, metrics = by_row[0], by_row[1], by_row[2], by_row[3:]
+    # The values are a tensor of their own: autograd forbids changing what a function returns as a view.
+    values, metrics = support_gradient.new_empty(num_rows), support_gradient.new_empty((len(METRICS), num_rows))
+    tail_shift, tail_scale = torch.empty_like(values), torch.empty_like(values)
     if num_rows:
         weights = conditions.token_weights
         lanes = _power_of_two(num_ids + 1)
