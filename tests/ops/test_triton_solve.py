@@ -68,9 +68,10 @@ def check(
 
 
 def assert_close(found: Tensor, expected: Tensor, name: str, rtol: float) -> None:
+    # atol: with logits of ±1e4 gradients are differences of numbers that float64 holds to 1e-12.
     assert not found.isnan().any(), f"{name}: {found}"
     torch.testing.assert_close(
-        found.cpu(), expected.double(), rtol=rtol, atol=1e-12, msg=lambda text: f"{name}: {text}"
+        found.cpu(), expected.double(), rtol=rtol, atol=1e-11, msg=lambda text: f"{name}: {text}"
     )
 
 
