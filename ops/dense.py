@@ -71,10 +71,11 @@ class Dense(Problem):
         at_1 = log_p, log_q
         if temperature != 1.0:
             at_1 = self._log_probs(logits, start, self._log_totals(logits, start, end, 1.0), 1.0)
-        sums = torch.cat((value, _sum(weight), _sum(log_q.exp()), *(_entropy(log_probs) for log_probs in at_1)), dim=1)
-        value, sum_weight, sum_q, teacher_entropy, student_entropy = shard.sum(sums).unbind(dim=1)
-        values, row_scale = conditions.apply(value, torch.full_like(log_totals[:, :1], 1.0 / temperature))
-        is_there = (sum_q > 0.0).double()
+        sums = (value, _sum(weight), _sum(log_p.exp()), _sum(log_q.exp()), *(_entropy(log_probs) for log_probs in at_1))
+        sums = shard.sum(torch.cat(sums, dim=1)).unbind(dim=1)
+        value, sum_weight, sum_p, sum_q, teacher_entropy, student_entropy = sums
+        is_there = (sum_p > 0.0).double()  # where the student is ruled out altogether, the teacher is, too
+        values, row_scale = conditions.apply(value * is_there, is_there.unsqueeze(1) / temperature)
         metrics = dict.fromkeys(METRICS, torch.zeros_like(is_there))
         metrics |= {"teacher_mass": is_there, "student_mass": is_there, "topk_overlap": is_there}
         metrics |= {"teacher_entropy": teacher_entropy, "student_entropy": student_entropy}

@@ -26,7 +26,7 @@ Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], 
 def kernel_for(device: torch.device) -> RowKernel:
     """A kernel for one call."""
     if has_triton(device):
-        from ops.triton_rows import TritonRows  # type: ignore[import-not-found, unused-ignore]
+        from ops.triton_rows import TritonRows
 
         kernel: RowKernel = TritonRows()
         return kernel
@@ -77,4 +77,4 @@ def has_triton(device: torch.device) -> bool:
 
 @functools.cache
 def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("ops.triton_rows") is not None
+    return importlib.util.find_spec("triton") is not None

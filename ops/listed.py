@@ -133,13 +133,9 @@ def _metrics(whole: Whole, log_q: Tensor, lse: Tensor, support: Support) -> dict
     num_top, base = support.num_top, support.num_base
     top_logprobs, is_top = support.logprobs[:, :num_top], support.ids[:, :num_top] >= 0
     view = coarsen(merge(log_q, base), support.logprobs[:, :base])
-    # A listed id is among the student's n largest when fewer than n logits are larger, of the tail and of the support.
-    ascending = whole.support_logits.sort(dim=1).values
-    larger_in_support = ascending.shape[1] - torch.searchsorted(
-        ascending, whole.support_logits[:, :num_top].contiguous(), right=True
-    )
     num_named = is_top.sum(dim=1)
-    is_shared = is_top & (whole.num_larger[:, :num_top] + larger_in_support < num_named.unsqueeze(1))
+    # A listed id is among the student's n largest when fewer than n logits are larger.
+    is_shared = is_top & (whole.num_larger[:, :num_top] < num_named.unsqueeze(1))
     return {
         "teacher_mass": top_logprobs.exp().sum(dim=1),
         "student_mass": log_q[:, :num_top].exp().sum(dim=1),

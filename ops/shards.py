@@ -4,7 +4,7 @@
 
 Shards follow each other in the order of the group's ranks and may have different widths. What a rank needs of the
 others is the largest logit of the tail (MAX, [T]), the logits of the support and the tail's sum of exponentials (SUM,
-[T, C+2]) and, for the metric of overlap, how many logits of the tail are larger than each of the support (SUM, [T, C]).
+[T, C+2]) and, for the metric of overlap, how many of its logits are larger than each of the support (SUM, [T, C]).
 The gradient of a rank's shard follows from these, so the backward pass says nothing.
 """
 
@@ -72,7 +72,7 @@ class Whole:
     tail_sum: Tensor
     """[T]: Σ exp(z − tail_shift)."""
     num_larger: Tensor
-    """[T, C] int64: logits of the tail that are larger than that of the column, of at most k."""
+    """[T, C] int64: logits that are larger than that of the column; k or more of the tail may count as k."""
     sampled_logits: Tensor
     """[T]; meaningless where nothing was sampled."""
 
@@ -102,13 +102,14 @@ def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, samp
         shard.sum(sums)
         support_logits = sums[:, :-2].masked_fill(ids < 0, -torch.inf)
         tail_sum, sampled_logits = sums[:, -2], sums[:, -1]
-    ascending = reduced.largest.double().sort(dim=1).values
-    not_larger = torch.searchsorted(ascending, support_logits.contiguous(), right=True)
+    # Ids of other ranks are −inf here. Of the tail no more than k count, and whoever needs to know more is not among k.
+    ascending = torch.cat((reduced.support_logits, reduced.largest), dim=1).sort(dim=1).values
+    columns = support_logits.to(ascending.dtype)
     return Whole(
         support_logits=support_logits,
         tail_shift=tail_shift,
         tail_sum=tail_sum,
-        num_larger=shard.sum(ascending.shape[1] - not_larger),
+        num_larger=shard.sum(ascending.shape[1] - torch.searchsorted(ascending, columns, right=True)),
         sampled_logits=sampled_logits.double(),
     )
 

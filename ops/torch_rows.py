@@ -4,7 +4,7 @@ Memory is the slow part: a pass over a [1024, 32000] tensor in RAM costs as much
 the second-level cache. So rows are worked on a few at a time, in one buffer that stays there, and are read from their
 tensor once by ``reduce`` and once by ``expand``. To keep the exponentials from one to the other was tried: for as many
 rows as make the small work in between worth its calls, they do not fit that cache, and fetching them back costs more
-than computing them again (1024 × 32000 bfloat16, 64 rows at a time: 170 against 110 ms).
+than computing them again.
 """
 
 from __future__ import annotations

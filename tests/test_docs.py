@@ -27,7 +27,7 @@ TEXTS = {document: (ROOT / document).read_text(encoding="utf-8") for document in
 BLOCKS = [block for document, text in TEXTS.items() for block in blocks(document, text)]
 COMMANDS = [command for document, text in TEXTS.items() for command in commands(document, text)]
 
-FOREIGN = {"git", "cd", "curl", "sqlite3", "kill"}
+FOREIGN = {"git", "cd", "curl", "sqlite3", "kill", "pip"}
 """Commands that are not ours to check."""
 
 
@@ -84,7 +84,7 @@ def test_a_command_in_the_docs_can_be_typed(command: Command) -> None:
     program, *arguments = command.words
     if program == "make":
         check_make(arguments)
-    elif program == "python" or program == ".venv/bin/python":
+    elif program in ("python", ".venv/bin/python", ".venv-vllm/bin/python"):
         check_python(arguments)
     elif program.startswith(".venv/bin/"):
         tool = program.removeprefix(".venv/bin/")

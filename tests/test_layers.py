@@ -110,9 +110,11 @@ FIRST_FREE_FLOOR = 2
 ADAPTERS = {
     "megatron": ("engine.training.megatron",),
     "tensorboard": ("engine.monitor.sinks.tensorboard",),
-    "vllm": ("engine.generation.vllm", "teacher.backend_vllm"),
+    "vllm": ("engine.generation.vllm_engine", "teacher.backend_vllm"),
     "wandb": ("engine.monitor.sinks.wandb",),
 }
+# Modules that a library's own processes import by name, and nobody else: they may import it when they are loaded.
+INSIDE = {"vllm": "engine.generation.vllm_inside.*"}
 # Packages that are entered through their ``__init__``: their names are imported from there and nowhere else. The names
 # of all other packages are imported from the modules that define them.
 DOORS = frozenset({"ops"})
@@ -221,6 +223,9 @@ def _fault(module: str, floor: int, found: Import) -> str | None:
     door = target.partition(".")[0]
     if door in DOORS and target != door and room != door:
         return f"{where} imports {target}; its names are imported from {door}"
+    for where_in, pattern in INSIDE.items():
+        if fnmatchcase(target, pattern) and not _is_inside(where_in, module):
+            return f"{where} imports {target}, which lives in {where_in}'s processes; name it to {where_in} instead"
     other = floor_of(target)
     if other is None:
         return f"{where} imports {target}, which is no module of the house; import the module that defines the name"
@@ -233,6 +238,8 @@ def _library_fault(module: str, floor: int, found: Import) -> str | None:
     library = found.target.partition(".")[0]
     where = f"{module}:{found.line}"
     if library in ADAPTERS:
+        if _is_inside(library, module):
+            return None
         if module not in ADAPTERS[library]:
             return f"{where} imports {library}, which belongs into {' and '.join(ADAPTERS[library])} alone"
         if not found.lazy:
@@ -243,6 +250,10 @@ def _library_fault(module: str, floor: int, found: Import) -> str | None:
     if floor < FIRST_FREE_FLOOR and library not in {"msgspec", *FROM_FLOOR, *sys.stdlib_module_names}:
         return f"{where} (floor {floor}) imports {library}; down there stand the standard library and msgspec"
     return None
+
+
+def _is_inside(library: str, module: str) -> bool:
+    return library in INSIDE and fnmatchcase(module, INSIDE[library])
 
 
 PATHS = {module_name(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))}
@@ -301,7 +312,12 @@ def test_the_lower_floors_load_without_torch() -> None:
         (
             "engine.training.hf",
             "def f():\n    import vllm",
-            r"belongs into engine.generation.vllm and teacher.backend_vl",
+            r"belongs into engine.generation.vllm_engine and teacher.backend_vl",
+        ),
+        (
+            "engine.generation.vllm_engine",
+            "def f():\n    from engine.generation.vllm_inside import worker",
+            r"imports engine.generation.vllm_inside.worker, which lives in vllm's processes",
         ),
         ("engine.training.megatron", "from megatron.core import tensor_parallel", r"inside the function that needs it"),
         ("engine.novelty", "import json", r"stands on no floor; place it in FLOORS"),
@@ -322,8 +338,9 @@ def test_the_judge_finds_a_planted_fault(module: str, source: str, fault: str) -
     ("module", "source"),
     [
         ("engine.flow", "import heapq, msgspec, structlog\nfrom engine.types import Prompt"),
-        ("engine.generation.vllm", "def f():\n    from vllm import SamplingParams"),
-        ("engine.generation.vllm", "if TYPE_CHECKING:\n    import vllm"),
+        ("engine.generation.vllm_engine", "def f():\n    from vllm import SamplingParams"),
+        ("engine.generation.vllm_engine", "if TYPE_CHECKING:\n    import vllm"),
+        ("engine.generation.vllm_inside.worker", "from vllm.platforms import current_platform"),
         ("engine.actors.sampler", "from engine.transport.channel import Sender\nimport torch"),
         ("engine.training.hf", "from ops import divergence"),
         ("teacher.server", "from engine.errors import UserError\nfrom teacher.protocol import Scores"),

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from engine.actor import Actor, Caller
+from engine.actors.weight_probe import WeightProbe
 from engine.errors import GeneratorDied
 from engine.generation.protocol import Generator
 from engine.recipe import WeightsConfig
@@ -21,7 +22,7 @@ class WeightPush:
 
     The learner goes on with the next step's forward and backward while a version travels: those only read the weights.
     ``weights_lock`` keeps its optimizer away until the last tensor is copied. ``worker`` is where the digest is made:
-    not the learner's thread, which is busy.
+    not the learner's thread, which is busy. With a ``probe``, what has arrived is compared before it goes live.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class WeightPush:
         config: WeightsConfig,
         weights_lock: asyncio.Lock,
         worker: Caller,
+        probe: WeightProbe | None = None,
     ) -> None:
         self._worker = worker
+        self._probe = probe
         self._generator = generator
         self._trainer = trainer
         self._schedule = schedule
@@ -42,7 +45,13 @@ class WeightPush:
         self._weights_lock = weights_lock
 
     async def __call__(self) -> None:
-        """Return when the generator holds them and the schedule knows."""
+        """Return when the generator holds them and the schedule knows.
+
+        Raises:
+            GeneratorDied: the engine is gone.
+            WeightsMismatch: what arrived is not what was sent, or the generator makes something else of it.
+        """
+        expected = None
         async with self._weights_lock:
             version = self._trainer.version
             with span("weights.push", version=version) as facts:
@@ -50,6 +59,10 @@ class WeightPush:
                 buckets = self._trainer.export(bucket_bytes=self._config.bucket_bytes)
                 await self._generator.update_weights(version, buckets, config=self._config, digest=digest)
                 facts.add(digest=digest)
+                if self._probe is not None:
+                    expected = await self._probe.expect(version)
+        if self._probe is not None and expected is not None:
+            await self._probe.verify(version, expected)
         self._schedule.weights_live(version)
 
 

@@ -22,7 +22,7 @@ from engine.generation.model import DecodableModel, trunk
 from engine.generation.prefill import Prefill, plan_prefill
 from engine.generation.protocol import Generation, GenerationRequest
 from engine.generation.sampling import BatchSampler
-from engine.generation.top_ids import packed
+from engine.generation.top_ids import pack_ids
 from engine.types import FinishReason, VersionSpan
 
 _LENGTH_GRAIN = 16
@@ -132,7 +132,7 @@ class Decoder:
         for at, row in enumerate(rows):
             num_top_ids = row.request.params.num_top_ids
             if drawn.top_ids is not None and num_top_ids:
-                row.top_ids.append(packed(drawn.top_ids[at, :num_top_ids]))
+                row.top_ids.append(pack_ids(drawn.top_ids[at, :num_top_ids]))
             reason = self._extend(row, drawn.ids[at], drawn.logprobs[at], drawn.sampling_logprobs[at])
             if reason is not None:
                 ended.append((row.ticket, _generation(row, reason)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from engine.generation.decode_thread import (
 from engine.generation.decoder import Decoder
 from engine.generation.model import load_decodable
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
-from engine.generation.sampling import check_params
+from engine.generation.requests import check_requests, settled
 from engine.generation.staging import Staged
 from engine.precision import compute_dtype
 from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
@@ -244,31 +244,10 @@ class HFGenerator:
 
     def _check(self, requests: Sequence[GenerationRequest]) -> None:
         assert self._loaded is not None
-        limit, vocab = self._loaded.result().max_positions, self._loaded.result().vocab_size
-        seen = set(self._ticket_of)
-        for request in requests:
-            name = f"request {request.request_id}"
-            if request.request_id in seen:
-                raise ValueError(f"{name} is open already; ids must be unique among the open ones")
-            seen.add(request.request_id)
-            check_params(request.params)
-            if not request.token_ids:
-                raise ValueError(f"{name} has an empty prompt; expected at least one token")
-            low, high = min(request.token_ids), max(request.token_ids)
-            if low < 0 or high >= vocab:
-                raise ValueError(f"{name} has token ids from {low} to {high}; the model knows 0 to {vocab - 1}")
-            if request.params.num_top_ids > vocab:
-                raise ValueError(
-                    f"{name} asks for the {request.params.num_top_ids} most likely ids; the model knows {vocab}"
-                )
-            num_prompt, num_new = len(request.token_ids), request.params.max_new_tokens
-            if limit is not None and num_prompt + num_new > limit:
-                raise ValueError(
-                    f"{name}: {num_prompt} prompt tokens and max_new_tokens={num_new} make {num_prompt + num_new}, "
-                    f"the model has {limit} positions"
-                )
-            if not 0 <= request.stream_key < 1 << 64:
-                raise ValueError(f"{name}: stream_key must be an unsigned 64-bit number, got {request.stream_key}")
+        loaded = self._loaded.result()
+        check_requests(
+            requests, open_ids=self._ticket_of, max_length=loaded.max_positions, vocab_size=loaded.vocab_size
+        )
 
     # Weights.
 
@@ -289,7 +268,7 @@ class HFGenerator:
             return await asyncio.shield(copying)
         except asyncio.CancelledError:
             is_cancelled = True
-            await _settled(copying)
+            await settled(copying)
             raise
 
     async def _wait_switched(self, thread: DecodeThread, switched: asyncio.Future[int | None]) -> None:
@@ -298,7 +277,7 @@ class HFGenerator:
         except asyncio.CancelledError:
             thread.inbox.put(Withdraw())
             # Until the thread has answered, the next update must not touch the spare tensors.
-            await _settled(switched)
+            await settled(switched)
             raise
 
     # Life.
@@ -337,14 +316,3 @@ class HFGenerator:
 
 def _for_request(on_begin: Callable[[int, int], None] | None, request_id: int) -> Callable[[int], None] | None:
     return None if on_begin is None else lambda version: on_begin(request_id, version)
-
-
-async def _settled(future: asyncio.Future[Any]) -> None:
-    """Wait for ``future`` through any further cancellation; its outcome is of no interest any more."""
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            continue
-    if not future.cancelled():
-        future.exception()

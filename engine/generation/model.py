@@ -18,7 +18,8 @@ from engine.errors import ModelError
 from engine.generation.attention import decode_mask, use_slot_attention
 from engine.generation.kv_cache import SlotCache
 from engine.generation.lean import lean_step
-from engine.generation.staging import StagingArea, tensor_groups
+from engine.generation.staging import StagingArea
+from engine.generation.version import tensor_groups
 from engine.packed_linear import pack_linears, unpack_linears
 from engine.recipe import StudentConfig
 

@@ -11,43 +11,18 @@ On CUDA sender, copier and decoder may each work on a stream of their own, so al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from engine.errors import WeightsMismatch
 from engine.generation.protocol import Bucket
+from engine.generation.version import Arrival, TensorGroup
 from engine.packed_linear import PackedLinear
 from engine.transport.handoff import Ticket, consume, publish
-from engine.transport.manifest import WeightDigest
 
 Staged = frozenset[int]
 """Which groups of the model's tensors a staged version brings."""
-
-
-class TensorGroup(NamedTuple):
-    """Names that are one tensor (tied weights), as a checkpoint knows them."""
-
-    names: tuple[str, ...]
-    shape: torch.Size
-    is_parameter: bool
-    """A version without it is incomplete; a buffer may stay as it is."""
-
-
-def tensor_groups(model: nn.Module) -> list[TensorGroup]:
-    """Parameters and persistent buffers of a model as it was loaded, before any layer was packed."""
-    persistent = model.state_dict().keys()
-    names_of: dict[int, list[str]] = {}
-    tensors: dict[int, tuple[Tensor, bool]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = (parameter, True)
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in persistent:
-            names_of.setdefault(id(buffer), []).append(name)
-            tensors[id(buffer)] = (buffer, False)
-    return [TensorGroup(tuple(names_of[key]), tensor.shape, required) for key, (tensor, required) in tensors.items()]
 
 
 class StagingArea:
@@ -55,7 +30,6 @@ class StagingArea:
 
     def __init__(self, model: nn.Module, groups: Sequence[TensorGroup], *, device: torch.device) -> None:
         self._groups = groups
-        self._group_of = {name: index for index, group in enumerate(groups) for name in group.names}
         self._places = [_places(model, group) for group in groups]
         self._device = device
         self._handed: Ticket | None = None
@@ -72,32 +46,21 @@ class StagingArea:
             ValueError: a name or shape that the model does not have, or parameters that are missing.
             WeightsMismatch: what came has another digest.
         """
-        staged: set[int] = set()
-        received = WeightDigest()
+        arrival = Arrival(self._groups, digest=digest)
         self._take_over()
         for bucket in buckets:
             if not is_wanted():
-                return frozenset(staged)
-            for name, tensor in zip(bucket.names, _written(bucket), strict=True):
-                staged.add(self._copy(name, tensor))
-                if digest is not None:
-                    received.add(name, tensor)
+                return arrival.arrived
+            for name, tensor in zip(bucket.names, written(bucket), strict=True):
+                for place in self._places[arrival.expect(name, tensor)]:
+                    place.stage(tensor)
+                arrival.add(name, tensor)
             if self._device.type == "cuda":
                 # The sender may overwrite the bucket as soon as it is asked for the next one.
                 torch.cuda.current_stream(self._device).synchronize()
-        missing = [g.names[0] for index, g in enumerate(self._groups) if g.is_parameter and index not in staged]
-        if missing:
-            raise ValueError(
-                f"weights: {len(missing)} parameters did not come, among them {missing[0]!r}; a version is all of them "
-                "(tied ones once), or old and new would mix"
-            )
-        if digest is not None and received.hexdigest() != digest:
-            raise WeightsMismatch(
-                f"weights: what came has digest {received.hexdigest()}, the version has {digest}; they were changed "
-                "while they travelled, so the generator keeps what it has"
-            )
+        staged = arrival.complete()
         self._hand_over(staged)
-        return frozenset(staged)
+        return staged
 
     def exchange(self, staged: Staged) -> None:
         """Point the model at what was staged. Called by the thread that decodes, between two steps."""
@@ -118,25 +81,8 @@ class StagingArea:
             consume(self._handed)
             self._handed = None
 
-    def _copy(self, name: str, tensor: Tensor) -> int:
-        index = self._group_of.get(name)
-        if index is None:
-            raise ValueError(
-                f"weights: the model has no parameter {name!r}; names are those of its Hugging Face checkpoint, "
-                f"such as {self._groups[0].names[0]!r}"
-            )
-        expected = self._groups[index].shape
-        if tensor.shape != expected:
-            raise ValueError(
-                f"weights: {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(expected)}; "
-                "was another model exported?"
-            )
-        for place in self._places[index]:
-            place.stage(tensor)
-        return index
 
-
-def _written(bucket: Bucket) -> tuple[Tensor, ...]:
+def written(bucket: Bucket) -> tuple[Tensor, ...]:
     """Its tensors, and the calling thread's stream waits until they hold the version."""
     if bucket.written is None:
         return bucket.tensors

@@ -11,7 +11,7 @@ from engine.types import Rollout
 _ON_THE_WAY = np.dtype("<i4")
 
 
-def packed(ids: npt.NDArray[np.integer]) -> bytes:
+def pack_ids(ids: npt.NDArray[np.integer]) -> bytes:
     """Of one or more positions, in order; what ``Rollout.top_ids`` is made of."""
     return ids.astype(_ON_THE_WAY, copy=False).tobytes()
 

@@ -163,6 +163,17 @@ class HFTrainer:
                 results[i] = EvalResult(num_tokens=len(kl_T), kl_sum=float(kl_T.sum()), nll_sum=-float(logprob_T.sum()))
         return [result for result in results if result is not None]
 
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        loaded = self._loaded
+        student = loaded.student
+        batch = batches.lay_out([list(token_ids)], student.layout)
+        inputs, _ = batches.upload(batch, layout=student.layout, uploader=loaded.uploader)
+        with torch.no_grad(), self._randomness("score"):
+            logits_LV = student.logits(inputs)[torch.from_numpy(batch.index[0]).to(student.device)]
+        targets = torch.tensor(list(token_ids[1:]), device=student.device)
+        values: list[float] = logits_LV[:-1].double().log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
+        return values
+
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
         tensors = named_tensors(self._loaded.student.model)
         return buckets(tensors, bucket_bytes=bucket_bytes, written=self._weights_written)

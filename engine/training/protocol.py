@@ -86,6 +86,10 @@ class Trainer(Protocol):
         """Forward only, no gradient, dropout off."""
         ...
 
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token but the first, nats; forward only, dropout off."""
+        ...
+
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
         """All parameters (tied ones once) and persistent buffers under Hugging Face names, in a fixed order."""
         ...

@@ -70,6 +70,9 @@ class ReplayTrainer:
     def evaluate(self, scored: Sequence[ScoredRollout[Scores]]) -> list[EvalResult]:
         return [EvalResult(num_tokens=s.rollout.num_tokens, kl_sum=0.0, nll_sum=0.0) for s in scored]
 
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        return [0.0] * (len(token_ids) - 1)
+
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
         return iter(())
 

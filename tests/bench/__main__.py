@@ -50,6 +50,7 @@ BENCHES = (
     Bench("trace"),
     Bench("report"),
     Bench("simulation"),
+    Bench("phases"),
     Bench("end_to_end"),
     Bench("gpu_losses", is_quick=False, reports=False),
     Bench("main_job", is_quick=False),

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -461,6 +463,30 @@ def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
         assert "none of the 2 checkpoints" in refuse(recipe, "--out", str(out), "--resume", *check)
 
 
+@pytest.mark.parametrize("damage", ["gone", "emptied"])
+def test_a_ledger_that_is_not_the_checkpoints_is_told_by_the_check(
+    world: World, tmp_path: Path, damage: str, refuse: Refuse
+) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
+    run(recipe, "--out", str(out), "--json", "--set", "steps=2")
+    if damage == "gone":
+        (out / "ledger.sqlite").unlink()
+    else:
+        with closing(sqlite3.connect(out / "ledger.sqlite")) as ledger:
+            ledger.execute("DELETE FROM rollouts")
+            ledger.commit()
+
+    for check in ((), ("--check",)):
+        text = refuse(recipe, "--out", str(out), "--resume", *check)
+        assert ("the ledger is gone" if damage == "gone" else "the ledger holds 0 of the steps") in text
+
+
+def test_measurements_that_cannot_be_read_are_one_line(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "o" / "evaluations.jsonl").mkdir(parents=True)
+
+    assert "evaluations.jsonl: cannot be read" in refuse(world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o"))
+
+
 def _flip_a_bit(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -533,6 +559,9 @@ def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Pa
 
     assert "1 of 9 rows do not fit" in refuse(recipe, *arguments)
     assert "1 filtered" in run(recipe, *arguments, "--set", "data.too_long=filter").stdout
+    filtered = ("--set", f"data.path={path}", "--set", "data.num_rows=null", "--set", "data.too_long=filter")
+    stderr = run(recipe, "--out", str(tmp_path / "o"), *filtered, "--set", "steps=1").stderr
+    assert f"{path}: 1 rows do not fit and are left out, 8 remain" in stderr
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_run(world: World, tmp_path: Path, refuse: Refuse) -> None:

@@ -173,6 +173,41 @@ def test_dense_metrics_are_those_of_a_list_of_everything() -> None:
     torch.testing.assert_close(divergence(ForwardKL(), case.logits, case.teacher, temperature=2.0).metrics, listed)
 
 
+@pytest.mark.parametrize("objective", DENSE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_extreme_dense_logits_give_finite_numbers(objective: Plain, dtype: torch.dtype, temperature: float) -> None:
+    """And rows that one of the models rules out altogether give nothing."""
+    random = torch.Generator().manual_seed(2)
+    logits, teacher = (1e4 * torch.randn(6, 9, generator=random).sign() for _ in range(2))
+    logits[0], teacher[0] = torch.linspace(-1e4, 1e4, 9), torch.linspace(1e4, -1e4, 9)
+    teacher[1, :3] = logits[2, 2:4] = logits[3] = teacher[4] = -torch.inf
+    logits, teacher = logits.to(dtype), teacher.to(dtype)
+
+    values, gradient = value_and_gradient(objective, logits, teacher, temperature=temperature)
+    assert gradient.isfinite().all()
+    assert not values[3:5].any()
+    assert not gradient[3:5].any()
+    expected, expected_gradient = reference(objective, logits, teacher, temperature=temperature)
+    torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-6)
+    tolerance = 1e-6 if dtype in (torch.float32, torch.float64) else 4e-3
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+    assert all(metric.isfinite().all() for metric in divergence(objective, logits, teacher).metrics.values())
+
+
+def test_a_teacher_that_lists_nothing_is_known_by_the_sampled_token_alone() -> None:
+    scores = TeacherScores(
+        top_ids=torch.empty(2, 0, dtype=torch.int32),
+        top_logprobs=torch.empty(2, 0),
+        sampled_ids=torch.tensor([1, -1], dtype=torch.int32),
+        sampled_logprobs=torch.tensor([0.25, 0.0]).log(),
+    )
+    logits = torch.tensor([[1.0, 1.0], [1.0, 2.0]])
+
+    values, _ = value_and_gradient(ForwardKL(), logits, scores)
+    torch.testing.assert_close(values, torch.tensor([0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.0]))
+
+
 def test_single_tokens_cannot_be_compared_by_logits() -> None:
     case = make_case()
 

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -23,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-Arch = Literal["llama", "qwen3", "gpt2"]
+Arch = Literal["llama", "qwen3", "gpt2", "deepseek_v3"]
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -94,7 +95,7 @@ def tiny_model(
 
     Args:
         vocab: rows of the output layer; None: the tokenizer's 384. Rows beyond that are padding, as real models have.
-        kv_heads: groups of keys and values (not used by gpt2).
+        kv_heads: groups of keys and values (not used by gpt2 and deepseek_v3).
         scale: standard deviation of the weights. 0.2 gives distributions that are far from uniform and differ clearly
             between seeds; the usual 0.02 would make every model of this size say the same.
 
@@ -128,7 +129,8 @@ def tiny_model(
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model in ``folder`` on CPU, in evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # Experts one by one: what computes them together knows no float64.
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
@@ -180,6 +182,8 @@ def _config(
             attn_pdrop=0.0,
             **common,
         )
+    if arch == "deepseek_v3":
+        return _moe_config(common, hidden=hidden, layers=layers, heads=heads, max_positions=max_positions)
     common |= {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -190,3 +194,35 @@ def _config(
         "max_position_embeddings": max_positions,
     }
     return Qwen3Config(**common) if arch == "qwen3" else LlamaConfig(**common)
+
+
+def _moe_config(
+    common: dict[str, Any], *, hidden: int, layers: int, heads: int, max_positions: int
+) -> DeepseekV3Config:
+    """As Moonlight: latent attention without a query projection of its own, a first dense layer, then eight experts of
+    which two are asked, and a shared one. The widths of a head are those that kernels are made for."""
+    return DeepseekV3Config(
+        # As the files of such models say, transformers does not ask, and vLLM does.
+        **(common | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        moe_intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        n_shared_experts=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        max_position_embeddings=max_positions,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.446,
+        rope_interleave=True,
+    )

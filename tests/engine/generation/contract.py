@@ -18,6 +18,7 @@ from engine.errors import WeightsMismatch
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, Generator
 from engine.recipe import WeightsConfig
 from engine.streams import stream_key
+from engine.training.export import named_tensors
 from engine.transport.manifest import digest_of
 from engine.types import SamplingParams
 from tests.support.models import plain_logits
@@ -79,12 +80,12 @@ def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], answer: Se
 
 
 def buckets_of(model: PreTrainedModel, *, names_per_bucket: int = 3) -> Iterator[Bucket]:
-    """A version as a trainer exports it: tied parameters once, and each bucket's memory is reused for the next."""
-    named = list(model.named_parameters())
+    """A version as a trainer exports it, and each bucket's memory is reused for the next."""
+    named = named_tensors(model)
     reused: list[torch.Tensor] = []
     for first in range(0, len(named), names_per_bucket):
         part = named[first : first + names_per_bucket]
-        reused = [tensor.detach().clone() for _, tensor in part]
+        reused = [tensor.clone() for _, tensor in part]
         yield Bucket(names=tuple(name for name, _ in part), tensors=tuple(reused))
         for tensor in reused:
             tensor.fill_(float("nan"))
@@ -415,8 +416,8 @@ class GeneratorContract:
 
 def buckets_of_copies(model: PreTrainedModel) -> Iterator[Bucket]:
     """As ``buckets_of``, but what was given stays as it is."""
-    for name, tensor in model.named_parameters():
-        yield Bucket(names=(name,), tensors=(tensor.detach().clone(),))
+    for name, tensor in named_tensors(model):
+        yield Bucket(names=(name,), tensors=(tensor.clone(),))
 
 
 def filtered_distribution(logits_V: torch.Tensor, params: SamplingParams) -> dict[int, float]:

@@ -138,6 +138,17 @@ def test_the_first_blocks_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     assert {name.partition(".layers.")[2][:1] for name in linears} == {"1", ""}
 
 
+def test_a_packed_output_layer_rounds_no_more_than_a_plain_one(tmp_path: Path) -> None:
+    model = load(tiny_model(tmp_path, hidden=576, layers=1, vocab=4096, tied=False)).requires_grad_(False)
+    rows = torch.randn(16, 576, generator=torch.Generator().manual_seed(0))
+    exact = rows.double() @ model.lm_head.weight.double().T
+    plain = float((model.lm_head(rows) - exact).square().mean().sqrt())
+
+    assert "lm_head" in pack_linears(model, device=CPU)
+
+    assert float((model.lm_head(rows) - exact).square().mean().sqrt()) < 1.1 * plain
+
+
 @pytest.mark.parametrize("max_terms", [24, 12, 7])
 def test_a_packed_layer_takes_any_leading_shape_and_a_bias(monkeypatch: pytest.MonkeyPatch, max_terms: int) -> None:
     monkeypatch.setattr(packed_module, "_MAX_TERMS", max_terms)

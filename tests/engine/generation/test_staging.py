@@ -11,7 +11,8 @@ from torch import nn
 
 from engine.generation import staging
 from engine.generation.protocol import Bucket
-from engine.generation.staging import StagingArea, tensor_groups
+from engine.generation.staging import StagingArea
+from engine.generation.version import tensor_groups
 from engine.transport.handoff import Ticket, record
 
 Journal = list[str]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.generation.top_ids import packed, top_ids_of
+from engine.generation.top_ids import pack_ids, top_ids_of
 from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.objectives import make_objective
@@ -80,7 +80,7 @@ def make_scored(
             sampling_logprobs=drawn,
             spans=(VersionSpan(version=0, start=0, end=len(response)),),
             finish_reason="length",
-            top_ids=packed(student) if num_top_ids else b"",
+            top_ids=pack_ids(student) if num_top_ids else b"",
         ),
         scores=Scores(**arrays),
     )

@@ -101,7 +101,7 @@ def test_export_and_digest_wait_for_an_optimizer_that_is_still_at_work(tmp_path:
         copies = [
             (name, tensor.clone())
             for bucket in trainer.export(bucket_bytes=1 << 20)
-            for name, tensor in zip(bucket.names, staging._written(bucket), strict=True)
+            for name, tensor in zip(bucket.names, staging.written(bucket), strict=True)
         ]
     torch.cuda.synchronize()
 

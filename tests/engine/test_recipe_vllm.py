@@ -1,0 +1,42 @@
+"""What a recipe must say before vLLM samples for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.build import standard_graph
+from engine.errors import RecipeError
+from engine.recipe import with_overrides
+from recipes import smollm2, smollm2_vllm
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["sampler.backend=vllm"], r"needs sampler\.vllm\.kv_cache_bytes"),
+        (["weights.verify_every=2"], r"weights\.verify_every=2 needs sampler\.backend='vllm', got 'hf'"),
+        (["sampler.vllm.memory_share=1.5"], r"<= 1\.0 - at `\$\.sampler\.vllm\.memory_share`"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_by_name(assignments: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        with_overrides(smollm2.recipe(), assignments)
+
+
+def test_the_recipe_with_vllm_trains_what_the_one_without_does() -> None:
+    plain, vllm = smollm2.recipe(), with_overrides(smollm2_vllm.recipe(), [])
+
+    assert (vllm.student, vllm.teacher, vllm.data, vllm.learner, vllm.evaluation) == (
+        plain.student,
+        plain.teacher,
+        plain.data,
+        plain.learner,
+        plain.evaluation,
+    )
+    assert vllm.sampler.max_new_tokens == plain.sampler.max_new_tokens
+
+
+def test_copies_of_the_student_add_their_slots() -> None:
+    recipe = with_overrides(smollm2_vllm.recipe(), ["sampler.vllm.data_parallel=2", "sampler.device=cuda"])
+
+    assert "vllm on cuda, 32 slots" in [actor.about for actor in standard_graph(recipe).actors][1]

@@ -1,0 +1,86 @@
+"""A running engine that is lent to one generator after another, so that tests get fresh ones in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import PreTrainedModel
+
+from engine.generation.segment import Segment
+from engine.generation.vllm import VllmGenerator, _Life
+from engine.generation.vllm_engine import StepCounts, VllmEngine
+from engine.generation.vllm_model import tensor_groups_of
+from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from tests.engine.generation.contract import buckets_of
+
+
+class SharedEngine:
+    """Owns the engine; ``lend`` gives a generator that behaves as if it had just started it."""
+
+    def __init__(
+        self, *, config: SamplerConfig, student: StudentConfig, max_length: int, models: Sequence[PreTrainedModel]
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.max_length = max_length
+        self.models = models
+        self.borrower: Borrower | None = None
+        self._engine: VllmEngine | None = None
+
+    async def start(self) -> None:
+        self._engine = await VllmEngine.start(
+            config=self.config, student=self.student, max_length=self.max_length, version=0, on_step=self._on_step
+        )
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+
+    @property
+    def engine(self) -> VllmEngine:
+        assert self._engine is not None
+        return self._engine
+
+    async def lend(self) -> Borrower:
+        """Version 0 is loaded whatever the last borrower left; give it back with ``give_back``."""
+        self.borrower = Borrower(self)
+        await self.borrower.start()
+        await self.borrower.update_weights(0, buckets_of(self.models[0]), config=WeightsConfig())
+        self.borrower.forget()
+        return self.borrower
+
+    def _on_step(self, counts: StepCounts) -> None:
+        if self.borrower is not None:
+            self.borrower._on_step(counts)
+
+
+class Borrower(VllmGenerator):
+    """A whole generator but for the start and the end of the engine."""
+
+    def __init__(self, shared: SharedEngine) -> None:
+        super().__init__(config=shared.config, student=shared.student, max_length=shared.max_length)
+        self._shared = shared
+
+    async def _begin_life(self) -> _Life:
+        life = _Life(_Kept(self._shared.engine), tensor_groups_of(self._student), ThreadPoolExecutor(max_workers=1))
+        for _ in range(2):
+            segment = Segment()
+            life.all_segments.append(segment)
+            life.segments.put_nowait(segment)
+        return life
+
+    def forget(self) -> None:
+        """What brought version 0 back is not part of this generator's life."""
+        assert self._life is not None
+        self._life.switches.clear()
+        self._counts = type(self._counts)()
+
+
+class _Kept(VllmEngine):
+    """The same engine, whose end is somebody else's business."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self.__dict__ = engine.__dict__
+
+    async def stop(self) -> None:
+        pass
