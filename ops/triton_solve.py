@@ -33,7 +33,7 @@ def support_by_triton(scores: TeacherScores, *, vocab_size: int) -> Support:
     ids = torch.empty((num_rows, num_top + 1), dtype=torch.int64, device=device)
     logprobs = torch.empty((num_rows, num_top + 1), dtype=torch.float64, device=device)
     is_valid = torch.empty(num_rows, dtype=torch.bool, device=device)
-    sampled_ids = scores.sampled_ids.contiguous()
+    sampled_ids = scores.sampled_ids.long().contiguous()
     if num_rows:
         top_ids, top_logprobs = _with_contiguous_rows(scores.top_ids), _with_contiguous_rows(scores.top_logprobs)
         lanes = _power_of_two(num_top + 1)
