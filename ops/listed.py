@@ -38,7 +38,7 @@ class Listed(Problem):
     def solve(self, logits: Tensor, start: int, end: int) -> Rows:
         shard, kernel = self._shard, self._kernel
         support = self._support.rows(start, end)
-        if self._num_student and support.student is None:
+        if self._num_student and support.student_places is None:
             support = self._with_student_ids(support, logits, start, end)
         local_ids = shard.local(support.ids)
         if shard.num_columns:

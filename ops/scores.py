@@ -28,8 +28,8 @@ class TeacherScores:
     extra_logprobs: Tensor | None = None
     """[T, E] float: of the student's most likely ids, which ``StudentTopKReverseKL`` looks at."""
     extra_ids: Tensor | None = None
-    """[T, E] int: those ids, distinct within a row, in any order; −1 pads. None: the E largest of the logits that come
-    with these scores, in descending order, as ``logits.topk(E)`` gives them."""
+    """[T, E] int: those ids, distinct within a row; −1 pads; the first k of them are looked at. None: the E largest of
+    the logits that come with these scores, in descending order, as ``logits.topk(E)`` gives them."""
 
     def __post_init__(self) -> None:
         if self.top_ids.dim() != 2 or self.top_ids.shape != self.top_logprobs.shape:
@@ -58,6 +58,10 @@ class TeacherScores:
         return self.top_ids.shape[0]
 
 
+NOWHERE = 2**31
+"""A place behind all others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Support:
     """The columns of each row."""
@@ -71,8 +75,9 @@ class Support:
     """[T] int64; negative: none."""
     num_top: int
     """K."""
-    student: Tensor | None = None
-    """[T, C] bool: ids among the student's most likely; None where nobody asks."""
+    student_places: Tensor | None = None
+    """[T, C] int64: where an id stands among the student's most likely, from 0; ``NOWHERE``: it does not. None where
+    nobody asks."""
 
     @property
     def num_base(self) -> int:
@@ -85,7 +90,7 @@ class Support:
             logprobs=self.logprobs[start:end],
             sampled_ids=self.sampled_ids[start:end],
             num_top=self.num_top,
-            student=None if self.student is None else self.student[start:end],
+            student_places=None if self.student_places is None else self.student_places[start:end],
         )
 
     def with_student(self, student_ids: Tensor, logprobs: Tensor) -> Support:
@@ -93,12 +98,19 @@ class Support:
         wanted = student_ids.long().masked_fill((student_ids < 0) | (logprobs == -torch.inf), -1)
         same = (self.ids.unsqueeze(2) == wanted.unsqueeze(1)) & (wanted >= 0).unsqueeze(1)
         fresh = wanted.masked_fill(same.any(dim=1), -1)
+        places = torch.arange(wanted.shape[1], device=wanted.device)
         return Support(
             ids=torch.cat((self.ids, fresh), dim=1),
             logprobs=torch.cat((self.logprobs, logprobs.double().masked_fill(fresh < 0, -torch.inf)), dim=1),
             sampled_ids=self.sampled_ids,
             num_top=self.num_top,
-            student=torch.cat((same.any(dim=2), fresh >= 0), dim=1),
+            student_places=torch.cat(
+                (
+                    torch.where(same, places, NOWHERE).amin(dim=2),
+                    places.expand_as(fresh).masked_fill(fresh < 0, NOWHERE),
+                ),
+                dim=1,
+            ),
         )
 
 

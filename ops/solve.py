@@ -94,8 +94,8 @@ def solve(objective: Objective, log_q: Tensor, support: Support, conditions: Con
     total: tuple[Tensor, Tensor] | None = None
     for weight, leaf in leaves(objective):
         if isinstance(leaf, StudentTopKReverseKL):
-            assert support.student is not None  # whoever made the support has asked ``wants_student_ids``
-            keep = support.student
+            assert support.student_places is not None  # whoever made the support has asked ``wants_student_ids``
+            keep = support.student_places < leaf.k
             kept_log_q = merge(log_q, keep)
             logprobs = support.logprobs.masked_fill(~keep, -torch.inf)
             view = coarsen(kept_log_q, logprobs, temperature=conditions.temperature)

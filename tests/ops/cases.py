@@ -49,7 +49,12 @@ PRIMITIVES: tuple[Objective, ...] = (
     *(objective for objective in COMPARISONS if objective.tail == "ignore"),
     *DIVERGENCES,
     SampledReverseKL("k3"),
-    Mixture((0.5, JSD(0.3, "ignore")), (0.25, SampledReverseKL("k3")), (1.0, StudentTopKReverseKL(2))),
+    Mixture(
+        (0.5, JSD(0.3, "ignore")),
+        (0.25, SampledReverseKL("k3")),
+        (1.0, StudentTopKReverseKL(2)),
+        (2.0, StudentTopKReverseKL(1)),
+    ),
 )
 """Whose gradient is that of their value."""
 OBJECTIVES: tuple[Objective, ...] = (
