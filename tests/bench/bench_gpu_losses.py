@@ -130,7 +130,7 @@ class Kernels:
             candidates_per_thread=candidates,
         )
         say(f"best: {best_reduce}, {best_expand}, {best} programs per processor, {candidates} candidates per thread\n")
-        setattr(ops.listed, "kernel_for", lambda device, **options: found)  # noqa: B010
+        setattr(ops.listed, "kernel_for", lambda device: found)  # noqa: B010
 
     def measure(self, table: Table) -> None:
         kernel = getattr(ops.listed, "kernel_for")(self.logits.device)  # noqa: B009
@@ -236,7 +236,7 @@ def bench_linear(table: Table, vocab_size: int) -> None:
         kept_bytes=hidden.nbytes + weight.nbytes,
         repeats=5,
     )
-    for block_rows in (512, 1024, 2048, 4096):
+    for block_rows in (2048, 4096):
         load.measure(f"ours ForwardKL, block_rows={block_rows}", functools.partial(ours, ForwardKL(), block_rows))
     for objective_name, objective in OBJECTIVES.items():
         load.measure(f"ours {objective_name}", functools.partial(ours, objective, None))
