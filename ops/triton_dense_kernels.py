@@ -44,7 +44,11 @@ def dense_statistics(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """statistics [B, sequences, 2, num_splits] float32: maximum and Σ exp(x − maximum). Unused sequences stay unset."""
+    """statistics [B, sequences, 2, num_splits] float32: maximum and Σ exp((x − maximum) / τ), τ = 1 for those "at one".
+    Unused sequences stay unset.
+
+    Differences are divided by τ, not logits: 1000 / τ is rounded by 6e-5 and more, and where a compiler contracts the
+    division and the subtraction after it, that is what the probabilities are off by."""
     BLOCK: tl.constexpr = CHUNKS * CHUNK
     program = tl.program_id(0)
     row, split = (program // num_splits).to(tl.int64), program % num_splits
@@ -61,21 +65,20 @@ def dense_statistics(
     for block in range(first, last):
         z, t = _load(logits, teacher, block * BLOCK, column, num_columns, width, BLOCK)
         if TEMPERATURE != 1.0:
-            z1_peak, z1_total = _absorb(z, z1_peak, z1_total)
-            t1_peak, t1_total = _absorb(t, t1_peak, t1_total)
-            z, t = z / TEMPERATURE, t / TEMPERATURE
-        z_peak, z_total = _absorb(z, z_peak, z_total)
-        t_peak, t_total = _absorb(t, t_peak, t_total)
+            z1_peak, z1_total = _absorb(z, z1_peak, z1_total, 1.0)
+            t1_peak, t1_total = _absorb(t, t1_peak, t1_total, 1.0)
+        z_peak, z_total = _absorb(z, z_peak, z_total, TEMPERATURE)
+        t_peak, t_total = _absorb(t, t_peak, t_total, TEMPERATURE)
         if NEEDS_FLOOR:
-            r_peak, r_total = _absorb(tl.where(t == float("-inf"), z, float("-inf")), r_peak, r_total)
+            r_peak, r_total = _absorb(tl.where(t == float("-inf"), z, float("-inf")), r_peak, r_total, TEMPERATURE)
     statistics += row * NUM_SEQUENCES * 2 * num_splits + split
-    _store_sequence(statistics, STUDENT, num_splits, z_peak, z_total)
-    _store_sequence(statistics, TEACHER, num_splits, t_peak, t_total)
+    _store_sequence(statistics, STUDENT, num_splits, z_peak, z_total, TEMPERATURE)
+    _store_sequence(statistics, TEACHER, num_splits, t_peak, t_total, TEMPERATURE)
     if NEEDS_FLOOR:
-        _store_sequence(statistics, RULED_OUT, num_splits, r_peak, r_total)
+        _store_sequence(statistics, RULED_OUT, num_splits, r_peak, r_total, TEMPERATURE)
     if TEMPERATURE != 1.0:
-        _store_sequence(statistics, STUDENT_AT_ONE, num_splits, z1_peak, z1_total)
-        _store_sequence(statistics, TEACHER_AT_ONE, num_splits, t1_peak, t1_total)
+        _store_sequence(statistics, STUDENT_AT_ONE, num_splits, z1_peak, z1_total, 1.0)
+        _store_sequence(statistics, TEACHER_AT_ONE, num_splits, t1_peak, t1_total, 1.0)
 
 
 @triton.jit
@@ -108,13 +111,13 @@ def dense_sums(
     logits += row * logits_stride
     teacher += row * teacher_stride
     statistics += row * NUM_SEQUENCES * 2 * num_statistics
-    z_shift, z_log_total = _sequence(statistics, STUDENT, num_statistics, STATISTICS)
-    t_shift, t_log_total = _sequence(statistics, TEACHER, num_statistics, STATISTICS)
+    z_shift, z_log_total = _sequence(statistics, STUDENT, num_statistics, TEMPERATURE, STATISTICS)
+    t_shift, t_log_total = _sequence(statistics, TEACHER, num_statistics, TEMPERATURE, STATISTICS)
     if TEMPERATURE != 1.0:
-        z1_shift, z1_log_total = _sequence(statistics, STUDENT_AT_ONE, num_statistics, STATISTICS)
-        t1_shift, t1_log_total = _sequence(statistics, TEACHER_AT_ONE, num_statistics, STATISTICS)
+        z1_shift, z1_log_total = _sequence(statistics, STUDENT_AT_ONE, num_statistics, 1.0, STATISTICS)
+        t1_shift, t1_log_total = _sequence(statistics, TEACHER_AT_ONE, num_statistics, 1.0, STATISTICS)
     if LOG_FLOOR is not None:
-        floor = _floor(statistics, z_shift, z_log_total, num_statistics, LOG_FLOOR, STATISTICS)
+        floor = _floor(statistics, z_shift, z_log_total, num_statistics, LOG_FLOOR, TEMPERATURE, STATISTICS)
     column = tl.arange(0, BLOCK)
 
     value = tl.zeros([BLOCK], tl.float32)
@@ -125,8 +128,7 @@ def dense_sums(
             log_p, log_q = t - t1_shift - t1_log_total, z - z1_shift - z1_log_total
             p_entropy -= exp(log_p) * finite(log_p)
             q_entropy -= exp(log_q) * finite(log_q)
-            z, t = z / TEMPERATURE, t / TEMPERATURE
-        log_p, log_q = t - t_shift - t_log_total, z - z_shift - z_log_total
+        log_p, log_q = _at(t - t_shift, TEMPERATURE) - t_log_total, _at(z - z_shift, TEMPERATURE) - z_log_total
         if TEMPERATURE == 1.0:
             p_entropy -= exp(log_p) * finite(log_p)
             q_entropy -= exp(log_q) * finite(log_q)
@@ -179,18 +181,16 @@ def dense_gradient(
     logits += row * logits_stride
     teacher += row * teacher_stride
     statistics += row * NUM_SEQUENCES * 2 * num_statistics
-    z_shift, z_log_total = _sequence(statistics, STUDENT, num_statistics, STATISTICS)
-    t_shift, t_log_total = _sequence(statistics, TEACHER, num_statistics, STATISTICS)
+    z_shift, z_log_total = _sequence(statistics, STUDENT, num_statistics, TEMPERATURE, STATISTICS)
+    t_shift, t_log_total = _sequence(statistics, TEACHER, num_statistics, TEMPERATURE, STATISTICS)
     if LOG_FLOOR is not None:
-        floor = _floor(statistics, z_shift, z_log_total, num_statistics, LOG_FLOOR, STATISTICS)
+        floor = _floor(statistics, z_shift, z_log_total, num_statistics, LOG_FLOOR, TEMPERATURE, STATISTICS)
     own_mean, scale = tl.load(mean + row), tl.load(row_scale + row)
     column = tl.arange(0, BLOCK)
     for block in range(first, last):
         start = block * BLOCK
         z, t = _load(logits, teacher, start, column, num_columns, width, BLOCK)
-        if TEMPERATURE != 1.0:
-            z, t = z / TEMPERATURE, t / TEMPERATURE
-        log_p, log_q = t - t_shift - t_log_total, z - z_shift - z_log_total
+        log_p, log_q = _at(t - t_shift, TEMPERATURE) - t_log_total, _at(z - z_shift, TEMPERATURE) - z_log_total
         if LOG_FLOOR is not None:
             log_p = tl.where(log_p == float("-inf"), log_q + floor, log_p)
         _, slope = term(log_p, log_q, KIND, SHARE, LOG_SHARE, LOG_REST, True)
@@ -211,34 +211,48 @@ def _load(logits, teacher, start, column, num_columns, width, BLOCK: tl.constexp
 
 
 @triton.jit
-def _absorb(x, peak, total):
-    """One step of the online softmax: ``peak`` [CHUNKS] so far, ``total`` [CHUNKS, CHUNK] Σ exp(x − peak)."""
-    new_peak = tl.maximum(peak, tl.max(x, axis=1))
-    shift = finite(new_peak)
-    return new_peak, total * exp(peak - shift)[:, None] + exp(x - shift[:, None])
+def _at(difference, TEMPERATURE: tl.constexpr):
+    return difference if TEMPERATURE == 1.0 else difference / TEMPERATURE
 
 
 @triton.jit
-def _store_sequence(statistics, SEQUENCE: tl.constexpr, num_splits, peak, total):
+def _absorb(x, peak, total, TEMPERATURE: tl.constexpr):
+    """One step of the online softmax: ``peak`` [CHUNKS] so far, ``total`` [CHUNKS, CHUNK] Σ exp((x − peak) / τ)."""
+    new_peak = tl.maximum(peak, tl.max(x, axis=1))
+    shift = finite(new_peak)
+    rescale = exp(_at(peak - shift, TEMPERATURE))
+    return new_peak, total * rescale[:, None] + exp(_at(x - shift[:, None], TEMPERATURE))
+
+
+@triton.jit
+def _store_sequence(statistics, SEQUENCE: tl.constexpr, num_splits, peak, total, TEMPERATURE: tl.constexpr):
     highest = tl.max(peak)
     tl.store(statistics + SEQUENCE * 2 * num_splits, highest)
-    scaled = tl.sum(total, axis=1) * exp(peak - finite(highest))
+    scaled = tl.sum(total, axis=1) * exp(_at(peak - finite(highest), TEMPERATURE))
     tl.store(statistics + (SEQUENCE * 2 + 1) * num_splits, tl.sum(scaled))
 
 
 @triton.jit
-def _sequence(statistics, SEQUENCE: tl.constexpr, num_splits, SPLITS: tl.constexpr):
-    """Maximum, and log Σ exp(x − maximum), of all splits; 0 and 0 of an empty sequence."""
+def _sequence(statistics, SEQUENCE: tl.constexpr, num_splits, TEMPERATURE: tl.constexpr, SPLITS: tl.constexpr):
+    """Maximum, and log Σ exp((x − maximum) / τ), of all splits; 0 and 0 of an empty sequence."""
     at = tl.arange(0, SPLITS)
     inside = at < num_splits
     peak = tl.load(statistics + SEQUENCE * 2 * num_splits + at, mask=inside, other=float("-inf"))
     total = tl.load(statistics + (SEQUENCE * 2 + 1) * num_splits + at, mask=inside, other=0.0)
     shift = finite(tl.max(peak))
-    return shift, finite(log_or_minus_inf(tl.sum(total * exp(peak - shift))))
+    return shift, finite(log_or_minus_inf(tl.sum(total * exp(_at(peak - shift, TEMPERATURE)))))
 
 
 @triton.jit
-def _floor(statistics, z_shift, z_log_total, num_splits, LOG_FLOOR: tl.constexpr, SPLITS: tl.constexpr):
+def _floor(
+    statistics,
+    z_shift,
+    z_log_total,
+    num_splits,
+    LOG_FLOOR: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """What log p − log q is where the teacher has ruled a column out; there, p sums to the floor."""
-    shift, log_total = _sequence(statistics, RULED_OUT, num_splits, SPLITS)
-    return LOG_FLOOR - (shift - z_shift) - (log_total - z_log_total)
+    shift, log_total = _sequence(statistics, RULED_OUT, num_splits, TEMPERATURE, SPLITS)
+    return LOG_FLOOR - _at(shift - z_shift, TEMPERATURE) - (log_total - z_log_total)

@@ -39,6 +39,9 @@ PROGRAMS_PER_PROCESSOR = 512
 """Rows are split until each multiprocessor has so many programs."""
 CANDIDATES_PER_THREAD = 32
 """Of the search for the k largest."""
+SEARCH_REGISTERS: int | None = 128
+"""Of a thread in that search, which waits for its own sums most of the time: with fewer registers more rows run at a
+time. None: as many as the compiler likes, 164."""
 
 
 class TritonRows:
@@ -51,9 +54,11 @@ class TritonRows:
         expand: Shape = EXPAND,
         programs_per_processor: int = PROGRAMS_PER_PROCESSOR,
         candidates_per_thread: int = CANDIDATES_PER_THREAD,
+        search_registers: int | None = SEARCH_REGISTERS,
     ) -> None:
         self._reduce, self._expand = reduce, expand
         self._programs_per_processor, self._candidates_per_thread = programs_per_processor, candidates_per_thread
+        self._search_registers = search_registers
         self._torch = TorchRows()
 
     def reduce(self, logits: Tensor, ids: Tensor, *, num_columns: int, k: int) -> Reduced:
@@ -185,6 +190,7 @@ class TritonRows:
             CHUNK=chunk,
             K=padded_k,
             num_warps=_warps(max(padded_k * chunk, padded_chunks), per_thread=self._candidates_per_thread),
+            maxnreg=self._search_registers,
         )
         return largest
 

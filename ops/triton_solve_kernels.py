@@ -141,7 +141,9 @@ def solve_row(
             log_q, _ = _log_softmax(tl.where(is_tail, float("-inf"), log_q))
             q = tl.exp(log_q)
         if LOG_FLOOR is not None:
-            log_p = tl.where(is_tail & (log_q != float("-inf")), tl.maximum(log_p, LOG_FLOOR), log_p)
+            log_p = tl.where(
+                is_tail & (log_q != float("-inf")), tl.maximum(log_p, tl.full([], LOG_FLOOR, tl.float64)), log_p
+            )
         summands, weight = term(log_p, log_q, KIND, SHARE, LOG_SHARE, LOG_REST, True)
         mean = tl.sum(weight) / tl.maximum(tl.sum(q), 0.5)
     value = tl.sum(summands)
@@ -153,7 +155,7 @@ def solve_row(
     value, scale = value * FACTOR, scale * FACTOR
     if CLAMP is not None:
         scale = tl.where(value > CLAMP, 0.0, scale)
-        value = tl.where(value > CLAMP, CLAMP, value)
+        value = tl.where(value > CLAMP, tl.full([], CLAMP, tl.float64), value)
     if HAS_WEIGHTS:
         token_weight = tl.load(token_weights + row).to(tl.float64)
         value, scale = value * token_weight, scale * token_weight
