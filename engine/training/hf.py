@@ -43,7 +43,6 @@ from ops import (
 )
 from teacher.protocol import Scores
 
-
 _CPU_BLOCK_ROWS = 256
 """Matrix products of more rows get no faster."""
 
