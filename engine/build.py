@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from engine.actors.weight_syncer import WeightPush, WeightSyncer
 from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
-from engine.errors import RecipeError, UserError
+from engine.errors import ClosedChannel, EndOfChannel, RecipeError, UserError, WouldBlock
 from engine.evaluations import read_evaluations
 from engine.flow import Flow
 from engine.generation.protocol import Generator
@@ -59,6 +60,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     """Name of each actor and of the channels that it consumes and produces, in the order of the flow."""
     senders: dict[str, Sender[Any]]
     """One end of every channel, for its statistics."""
+    at_end: dict[str, Callable[[], None]]
+    """By actor: what must be so when it has come to its end."""
 
 
 def standard_graph(recipe: Recipe) -> Graph:
@@ -226,7 +229,28 @@ def build(graph: Graph, parts: Parts) -> Built:
             {"name": spec.name, "consumes": spec.consumes, "produces": spec.produces} for spec in graph.actors
         ),
         senders={name: sender for name, (sender, _) in ends.items() if name is not None},
+        at_end={
+            spec.name: partial(_end, ends[spec.consumes][1], ends[spec.produces][0])
+            for spec in graph.actors
+            if spec.consumes is not None and spec.produces is not None
+        },
     )
+
+
+def _end(received: Receiver[Any], handed_on: Sender[Any]) -> None:
+    """What an actor between two channels leaves behind: an output that is closed, as nothing comes from it any more.
+
+    Raises:
+        RecipeError: its input goes on, so who fills it would wait for ever.
+    """
+    handed_on.close()
+    try:
+        received.try_receive()
+    except EndOfChannel:
+        return
+    except (WouldBlock, ClosedChannel):
+        pass
+    raise RecipeError(f"its run() returned before {received.name!r} ended; an actor reads its input until that ends")
 
 
 def _make_actor(spec: ActorSpec, ports: Ports) -> Actor:
@@ -452,7 +476,7 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
         teacher=parts.teacher,
         measure=measure,
         params=msgspec.structs.replace(
-            parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens
+            parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens, num_top_ids=0
         ),
         top_k=config.top_k or recipe.teacher.top_k,
         alone=recipe.deterministic,

@@ -10,6 +10,7 @@ import fcntl
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import socket
 from collections.abc import Callable
@@ -145,6 +146,7 @@ def sampling_params(recipe: Recipe, student: Student) -> SamplingParams:
         top_p=sampler.top_p,
         top_k=sampler.top_k,
         stop_ids=student.stop_ids if sampler.stop_ids is None else sampler.stop_ids,
+        num_top_ids=recipe.objective.num_top_ids,
     )
 
 
@@ -172,6 +174,17 @@ def load_scorer(name: str) -> Callable[[str, str], float]:
         ) from error
     if not callable(scorer):
         raise RecipeError(f"evaluation.scorer={name!r} is {type(scorer).__name__}, expected a function")
+    try:
+        signature = inspect.signature(scorer)
+    except ValueError:  # some built-in functions have none
+        return scorer  # type: ignore[no-any-return]
+    try:
+        signature.bind("prompt", "answer")
+    except TypeError as error:
+        raise RecipeError(
+            f"evaluation.scorer={name!r} has the signature {signature}, expected one that takes "
+            f"(prompt: str, answer: str): {error}"
+        ) from error
     return scorer  # type: ignore[no-any-return]
 
 
@@ -179,12 +192,19 @@ def _student(recipe: Recipe) -> tuple[str, Student]:
     path, trust = recipe.student.path, recipe.student.trust_remote_code
     config = look_at_model(path, trust_remote_code=trust, role="student.path")
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    size = vocab_size(config, path=path, role="student.path")
+    for stop_id in recipe.sampler.stop_ids or ():
+        if not 0 <= stop_id < size:
+            raise RecipeError(
+                f"sampler.stop_ids has {stop_id}, the student's ids are 0 to {size - 1}; correct it, or set the field "
+                "to null for the model's own end-of-sequence ids"
+            )
     weight_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     student = Student(
         config=config,
         tokenizer=tokenizer,
         max_length=getattr(config, "max_position_embeddings", None) or 1 << 30,
-        vocab_size=vocab_size(config, path=path, role="student.path"),
+        vocab_size=size,
         stop_ids=stop_ids(path, config, role="student.path"),
         weight_bytes=weight_bytes,
     )
@@ -294,6 +314,11 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
         raise TeacherMismatch(
             f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k "
             "or evaluation.top_k, or start the teacher with a larger --max-top-k"
+        )
+    if recipe.objective.num_top_ids > student.vocab_size:
+        raise RecipeError(
+            f"objective: k={recipe.objective.num_top_ids} of the student's most likely ids, and its vocabulary has "
+            f"{student.vocab_size:,}; lower k"
         )
     most = longest(recipe)
     if most > info.max_length:
@@ -408,11 +433,16 @@ def _not_in_use(out: Path) -> None:
 
 def _earlier_run(recipe: Recipe, prompts: PromptSet | None, out: Path) -> tuple[str, None]:
     run = RunDir.resume(out, recipe)
-    if prompts is not None and run.ledger.exists():
-        Ledger.open(
-            run.ledger, run_name=recipe.name, seed=recipe.seed, identity=ledger_identity(recipe, prompts)
-        ).close()
     checkpoint = CheckpointStore(run.checkpoints, keep=recipe.checkpoint.keep).latest()
+    if checkpoint is not None and not run.ledger.exists():
+        raise RunDirError(
+            f"{run.ledger}: the ledger is gone, and with it what the checkpoint of step {checkpoint.step} was trained "
+            "on; restore it from a copy, or start a new run in another folder"
+        )
+    if prompts is not None and run.ledger.exists():
+        identity = ledger_identity(recipe, prompts)
+        with Ledger.open(run.ledger, run_name=recipe.name, seed=recipe.seed, identity=identity) as ledger:
+            ledger.check_holds(checkpoint.step if checkpoint is not None else 0)
     if checkpoint is None:
         return f"{out} has no checkpoint yet: the run begins anew", None
     return f"{out} goes on after step {checkpoint.step}", None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from contextlib import closing
@@ -14,9 +15,9 @@ import msgspec
 import uvloop
 
 from engine.build import build, make_parts
-from engine.check import Checked, check
+from engine.check import Checked, Inputs, check
 from engine.clock import SystemClock
-from engine.errors import ActorFailed, EngineError, UserError
+from engine.errors import ActorFailed, EngineError, RunDirError, UserError
 from engine.graph import Graph
 from engine.load_recipe import load_recipe
 from engine.machine import describe_node
@@ -45,8 +46,9 @@ def command(options: argparse.Namespace) -> int:
         recipe, graph = load_recipe(Path(options.recipe), options.set)
         if options.simulate or options.simulate_from is not None:
             return _simulate(recipe, graph, options)
-        if options.show:
-            return _show(recipe, graph, as_json=options.json)
+        if options.show and not options.check:
+            _write(_shown(recipe, graph, findings=None, as_json=options.json))
+            return EXIT_OK
         return uvloop.run(_run(recipe, graph, options))
     except UserError as error:
         _say_error(str(error), as_json=options.json)
@@ -64,10 +66,14 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         out = _out(recipe, options)
         checked = await check(recipe, out=out, resume=options.resume)
         if options.check:
-            _say_findings(checked, as_json=options.json)
+            if options.show:
+                _write(_shown(recipe, graph, findings=checked, as_json=options.json))
+            else:
+                _write(_found(checked, as_json=options.json))
             return EXIT_OK if checked.inputs is not None else EXIT_WRONG
         if checked.inputs is None:
             raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
+        _say_left_out(checked.inputs)
         run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
         try:
@@ -137,7 +143,9 @@ def _simulate(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
 
 
 def _is_live(options: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not options.json
+    # A terminal that cannot move its cursor (an editor's, a console server's) gets lines like a file.
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return sys.stderr.isatty() and not is_dumb and not options.json
 
 
 def _say_how_to_continue(outcome: Outcome, out: Path, options: argparse.Namespace) -> None:
@@ -149,31 +157,48 @@ def _say_how_to_continue(outcome: Outcome, out: Path, options: argparse.Namespac
 
 
 def _out(recipe: Recipe, options: argparse.Namespace) -> Path:
-    if options.out is not None:
-        return Path(options.out)
-    newest = newest_run(recipe.name) if options.resume else None
-    return newest or default_out(recipe.name, datetime.now())
+    newest = newest_run(recipe.name) if options.resume and options.out is None else None
+    out = options.out or newest or default_out(recipe.name, datetime.now())
+    try:
+        out.exists()
+    except OSError as error:  # a name that is too long, a loop of links: nothing that is looked at beneath it is there
+        raise RunDirError(
+            f"{str(out)[:200]!r} cannot be the run's folder: {error.strerror}; name another one"
+        ) from error
+    return Path(out)
 
 
-def _show(recipe: Recipe, graph: Graph, *, as_json: bool) -> int:
+def _shown(recipe: Recipe, graph: Graph, *, findings: Checked | None, as_json: bool) -> str:
+    """What ``--show`` prints, with what ``--check`` found when both are asked for."""
+    if not as_json:
+        text = f"{graph.describe()}\n\n{describe(recipe)}"
+        return text if findings is None else f"{text}\n\n{_found(findings, as_json=False)}"
+    actors = [{"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors]
+    channels = [{"name": c.name, "carries": c.carries, "max_items": c.max_items} for c in graph.channels]
+    shown: dict[str, Any] = {"actors": actors, "channels": channels, "recipe": msgspec.to_builtins(recipe)}
+    if findings is not None:
+        shown |= _as_document(findings)
+    return msgspec.json.encode(shown).decode()
+
+
+def _found(checked: Checked, *, as_json: bool) -> str:
     if as_json:
-        actors = [
-            {"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors
-        ]
-        channels = [{"name": c.name, "carries": c.carries, "max_items": c.max_items} for c in graph.channels]
-        shown: dict[str, Any] = {"actors": actors, "channels": channels, "recipe": msgspec.to_builtins(recipe)}
-        _write(msgspec.json.encode(shown).decode())
-    else:
-        _write(f"{graph.describe()}\n\n{describe(recipe)}")
-    return EXIT_OK
+        return msgspec.json.encode(_as_document(checked)).decode()
+    return "\n".join(
+        f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.text}" for finding in checked.findings
+    )
 
 
-def _say_findings(checked: Checked, *, as_json: bool) -> None:
-    if as_json:
-        _write(msgspec.json.encode({"ok": checked.inputs is not None, "findings": checked.findings}).decode())
-        return
-    for finding in checked.findings:
-        _write(f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.text}")
+def _as_document(checked: Checked) -> dict[str, Any]:
+    return {"ok": checked.inputs is not None, "findings": checked.findings}
+
+
+def _say_left_out(inputs: Inputs) -> None:
+    for prompts in (inputs.prompts, inputs.held_out):
+        if prompts is not None and prompts.num_filtered:
+            sys.stderr.write(
+                f"{prompts.path}: {prompts.num_filtered:,} rows do not fit and are left out, {len(prompts):,} remain\n"
+            )
 
 
 def _say_error(text: str, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from engine.errors import RunDirError
 from engine.tracing import log
 
 
@@ -49,11 +50,21 @@ def append_evaluation(path: Path, evaluation: Evaluation) -> None:
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """All evaluations of a run, oldest first. Lines that a killed process left unfinished are left out."""
-    if not path.exists():
+    """All evaluations of a run, oldest first. Lines that a killed process left unfinished are left out.
+
+    Raises:
+        RunDirError: the file is there and cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RunDirError(
+            f"{path}: cannot be read ({error.strerror}); move it away, or mend its permissions"
+        ) from error
     evaluations = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in content.split(b"\n"):
         try:
             evaluations.append(msgspec.json.decode(line, type=Evaluation))
         except msgspec.DecodeError:

@@ -348,6 +348,25 @@ class Ledger:
         """One after the largest rollout id."""
         return self._next_ticket
 
+    def check_holds(self, step: int) -> None:
+        """Whether a checkpoint of ``step`` can be of this ledger's history.
+
+        Raises:
+            CheckpointError: the ledger does not hold all steps up to ``step``.
+            RunDirError: it cannot be read.
+        """
+        try:
+            (held,) = self._db.execute(
+                "SELECT count(DISTINCT trained_step) FROM rollouts WHERE trained_step <= ?", (step,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            self._give_up(error)
+        if held != step:
+            raise CheckpointError(
+                f"{self._path}: the checkpoint is of step {step}, but the ledger holds {held} of the steps up to it: "
+                "they are not of one history; resume from an older checkpoint or start a new run in another folder"
+            )
+
     def rewind(self, step: int) -> list[Occurrence]:
         """Go back to the checkpoint of ``step`` (0: the student as loaded): called once at resume, before any event.
 
@@ -364,17 +383,7 @@ class Ledger:
             RunDirError: the disk is full or read-only.
         """
         self.commit()
-        try:
-            (held,) = self._db.execute(
-                "SELECT count(DISTINCT trained_step) FROM rollouts WHERE trained_step <= ?", (step,)
-            ).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-        if held != step:
-            raise CheckpointError(
-                f"{self._path}: the checkpoint is of step {step}, but the ledger holds {held} of the steps up to it: "
-                "they are not of one history; resume from an older checkpoint or start a new run in another folder"
-            )
+        self.check_holds(step)
         self._execute(
             "UPDATE rollouts SET state = 'waiting', reason = ?, version_first = NULL, version_last = NULL, "
             "trained_step = NULL, failed_step = NULL, num_tokens = NULL, spans = NULL "

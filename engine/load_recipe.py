@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -49,10 +50,11 @@ def load_recipe(path: Path, assignments: list[str]) -> tuple[Recipe, Graph]:
 
 def _edited(graph: Graph, edit: EditGraph, path: Path) -> Graph:
     try:
-        edited = edit(graph)
+        with contextlib.redirect_stdout(sys.stderr):
+            edited = edit(graph)
     except RecipeError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise RecipeError(f"{path}{_line_of(error, path)}: {_name_of(error)}, in the graph function") from error
     if not isinstance(edited, Graph):
         raise RecipeError(f"{path}: the function beside the recipe returned {type(edited).__name__}, expected a Graph")
@@ -68,7 +70,11 @@ def _edited(graph: Graph, edit: EditGraph, path: Path) -> Graph:
 
 def _call(path: Path, assignments: list[str]) -> tuple[object, list[str]]:
     """What ``recipe()`` returned, and the assignments that are not to its parameters."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise RecipeError(f"recipe {str(path)[:200]!r} cannot be read: {error.strerror}") from error
+    if not is_file:
         raise RecipeError(f"recipe {str(path)!r} is not a file; expected a Python file with `def recipe() -> Recipe`")
     spec = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -77,16 +83,21 @@ def _call(path: Path, assignments: list[str]) -> tuple[object, list[str]]:
     # Registered, because msgspec and pickle-free type resolution look classes of the file up by module name.
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-        make = getattr(module, "recipe", None)
-        if not callable(make):
-            raise RecipeError(f"{path} defines no function recipe(); expected `def recipe() -> Recipe`")
-        arguments, rest = _arguments(make, assignments, path)
-        return make(**arguments), rest
+        # Standard output is the command's own: with --json it is one document, whatever the recipe prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+            make = getattr(module, "recipe", None)
+            if not callable(make):
+                raise RecipeError(f"{path} defines no function recipe(); expected `def recipe() -> Recipe`")
+            if inspect.iscoroutinefunction(make):
+                raise RecipeError(f"{path}: recipe() is async; expected `def recipe() -> Recipe`, without async")
+            arguments, rest = _arguments(make, assignments, path)
+            return make(**arguments), rest
     except RecipeError:
         raise
-    # A recipe that exits would end the command as if a run had been done.
-    except (Exception, SystemExit) as error:
+    # A recipe that exits would end the command as if a run had been done; a signal does not pass here, it ends the
+    # process (engine.run).
+    except BaseException as error:
         raise RecipeError(f"{path}{_line_of(error, path)}: {_name_of(error)}") from error
 
 

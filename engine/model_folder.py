@@ -44,7 +44,8 @@ def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
     # Code from the folder may not run without memory, and quantised weights have shapes of their own.
     if hasattr(config, "auto_map") or hasattr(config, "quantization_config"):
         return config
-    for name, shape in _expected_shapes(config, path, role=role).items():
+    expected, tied = _expected_shapes(config, path, role=role)
+    for name, shape in expected.items():
         # The loader renames, merges and transposes the tensors of some families: a name that only one side has, and
         # the order of the dimensions, are left to it.
         if name in stored and sorted(stored[name]) != sorted(shape):
@@ -52,6 +53,13 @@ def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
                 f"{role} {path!r}: config.json asks for {name} of shape {list(shape)}, the weights have "
                 f"{list(stored[name])}; they are not of one model, or config.json lacks fields"
             )
+    missing = sorted(expected.keys() - stored.keys() - tied)
+    # A file whose names are all the model's own is one that the loader renames nothing of.
+    if missing and stored.keys() <= expected.keys():
+        raise ModelError(
+            f"{role} {path!r}: config.json asks for {len(missing)} weights that the files lack, among them "
+            f"{missing[0]}; they are not of one model, or the copy is not complete"
+        )
     return config
 
 
@@ -129,7 +137,8 @@ def _indexed_files(folder: Path, role: str) -> set[str]:
         raise ModelError(f"{role}: {index} cannot be read ({_one_line(error)}); copy it again") from error
 
 
-def _expected_shapes(config: Any, path: str, *, role: str) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: Any, path: str, *, role: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names and shapes of the model's weights, and the names of those that are others of them, so not stored."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +150,8 @@ def _expected_shapes(config: Any, path: str, *, role: str) -> dict[str, tuple[in
             f"{role} {path!r}: no model can be made from config.json ({_one_line(error)}); "
             "restore it from the model's source"
         ) from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, set(model.all_tied_weights_keys)
 
 
 def _one_line(error: BaseException) -> str:

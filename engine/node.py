@@ -60,7 +60,7 @@ class Node:
         self._on_start = on_start
         self._supervisor = Supervisor(parts.clock)
         for actor in built.actors:
-            self._supervisor.add(actor, restart=built.restarts[actor.name])
+            self._supervisor.add(actor, restart=built.restarts[actor.name], at_end=built.at_end.get(actor.name))
         self._port = HttpPort(
             parts.recipe.node,
             is_ready=self._is_ready,
@@ -183,7 +183,11 @@ class Node:
             log.error("run.stopped_at_once", signal=name.name)
             if sys.stderr.isatty():
                 sys.stderr.write(_SHOW_CURSOR)
-                sys.stderr.flush()
+            # By hand: the thread that shows the log would end with us.
+            sys.stderr.write(
+                f"stopped at once by {name.name}; continue with --resume --out {self._parts.run_dir.path}\n"
+            )
+            sys.stderr.flush()
             # No clean-up on purpose: whoever asks twice wants the process gone. What was committed is whole.
             os._exit(128 + name)
         self._stopped_by = name.name

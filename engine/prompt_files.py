@@ -110,6 +110,11 @@ def _read_parquet(path: Path, config: DataConfig, name: str) -> Iterator[RawRow]
                     if end is not None and row_index >= end:
                         return
                     yield _check_row(row, row_index, f"{path} row {row_index}", config, name)
+    except UnicodeDecodeError as error:  # Arrow trusts the file until a value is made a str
+        raise DataError(
+            f"{path}: a text in rows {row_index + 1} to {row_index + batch.num_rows} is not UTF-8 ({error.reason}); "
+            "write the file again with UTF-8 texts"
+        ) from error
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({error})") from error
 

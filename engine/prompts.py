@@ -309,7 +309,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizer raises bare Exception for a broken tokenizer.json
         raise ModelError(
-            f"{path!r}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); is tokenizer.json complete?"
+            f"{path!r}: the tokenizer cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "is tokenizer.json complete?"
         ) from error
     return cast(Tokenizer, tokenizer)
 

@@ -8,18 +8,29 @@ only whether a tree of values makes sense. ``engine.build`` turns the tree into 
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta
 
 from engine.errors import RecipeError
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0.0)]
-NonNegativeFloat = Annotated[float, Meta(ge=0.0)]
+_MOST = 1 << 40
+"""Of what is counted: a number with too many zeros is a slip, and should be told before it fills memory or SQLite's 64
+bits."""
+Positive = Annotated[int, Meta(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
+Threads = Annotated[int, Meta(ge=1, le=4096)]
+Slots = Annotated[int, Meta(ge=1, le=1 << 20)]
+Rollouts = Annotated[int, Meta(ge=1, le=1 << 24)]
+Staleness = Annotated[int, Meta(ge=0, le=1024)]
+"""Flow looks at each version up to a deadline."""
+PositiveFloat = Annotated[float, Meta(gt=0.0, le=1e300)]
+"""Not infinity."""
+NonNegativeFloat = Annotated[float, Meta(ge=0.0, le=1e300)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
@@ -47,12 +58,106 @@ class StudentConfig(Section, frozen=True, kw_only=True):
     trust_remote_code: bool = False
 
 
-class ObjectiveConfig(Section, frozen=True, kw_only=True):
-    """The divergence that is minimised, per response token (``ops``)."""
+class DivergenceConfig(Section, frozen=True, kw_only=True):
+    """One divergence between student and teacher, per response token (``ops``; docs/objectives.md). Fields that do not
+    belong to its kind stay None."""
 
-    kind: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    kind: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "student_topk_reverse_kl", "sampled_reverse_kl", "mixture"
+    ] = "forward_kl"
     tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
-    """What happens to probability outside the teacher's top-k ∪ {sampled token}."""
+    """What happens to probability outside the teacher's top-k ∪ {sampled token}; no choice for the last three kinds."""
+    beta: Fraction | None = None
+    """jsd: the teacher's share of the mean distribution; 0 is forward KL, 1 reverse KL. None: 0.5."""
+    alpha: Fraction | None = None
+    """skew_kl: how much of the first distribution is mixed into the second. None: 0.1."""
+    reverse: bool | None = None
+    """skew_kl: from the student to the mixture. None: false."""
+    k: Positive | None = None
+    """student_topk_reverse_kl: the teacher is asked about so many ids that the student found most likely when it
+    sampled. None: 64."""
+    estimator: Literal["k1", "k3"] | None = None
+    """sampled_reverse_kl. None: k1."""
+    clip_ratio: PositiveFloat | None = None
+    """sampled_reverse_kl: the largest importance weight. None: no limit."""
+
+    def __post_init__(self) -> None:
+        for field, kind in _FIELD_OF.items():
+            if getattr(self, field) is not None and self.kind != kind:
+                raise RecipeError(
+                    f"objective: {field}={getattr(self, field)!r} belongs to kind={kind!r}, this one is "
+                    f"{self.kind!r}; leave {field} out or change the kind"
+                )
+        if self.tail != "bucket" and self.kind in _WITHOUT_TAIL:
+            raise RecipeError(
+                f"objective: tail={self.tail!r} has no meaning for kind={self.kind!r}; leave it out"
+                + (" and set it in the terms" if self.kind == "mixture" else "")
+            )
+
+    @property
+    def student_top_k(self) -> int:
+        """How many ids that the student found most likely it is about."""
+        return (self.k or 64) if self.kind == "student_topk_reverse_kl" else 0
+
+
+_FIELD_OF = {
+    "beta": "jsd",
+    "alpha": "skew_kl",
+    "reverse": "skew_kl",
+    "k": "student_topk_reverse_kl",
+    "estimator": "sampled_reverse_kl",
+    "clip_ratio": "sampled_reverse_kl",
+}
+_WITHOUT_TAIL = ("student_topk_reverse_kl", "sampled_reverse_kl", "mixture")
+
+
+class TermConfig(DivergenceConfig, frozen=True, kw_only=True):
+    """One term of a mixture."""
+
+    weight: NonNegativeFloat
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "mixture":
+            raise RecipeError("objective.terms: a mixture in a mixture; list its terms with multiplied weights instead")
+
+
+class ObjectiveConfig(DivergenceConfig, frozen=True, kw_only=True):
+    """What is minimised."""
+
+    terms: tuple[TermConfig, ...] = ()
+    """mixture: what is added up."""
+    temperature: PositiveFloat = 1.0
+    """Both models' distributions are brought to it before they are compared."""
+    square_temperature: bool = False
+    """Multiply by temperature²: gradients then keep their size when it changes."""
+    clamp: PositiveFloat | None = None
+    """Nats: a token's divergence counts for no more, and one above it is not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.kind == "mixture") != bool(self.terms):
+            raise RecipeError(
+                f"objective: kind={self.kind!r} with {len(self.terms)} terms; a mixture needs at least one, and only a "
+                "mixture has any"
+            )
+        if self.kind == "mixture" and not any(term.weight > 0 for term in self.terms):
+            raise RecipeError("objective.terms: all weights are 0, so nothing would be trained; raise one")
+
+    @property
+    def parts(self) -> tuple[DivergenceConfig, ...]:
+        """The divergences in it."""
+        return self.terms or (self,)
+
+    @property
+    def num_top_ids(self) -> int:
+        """How many ids of the student's own the teacher is asked about at each position."""
+        return max(part.student_top_k for part in self.parts)
+
+    @property
+    def needs_sampling(self) -> bool:
+        """Whether it means something only for answers that the student itself has drawn."""
+        return any(part.kind in ("student_topk_reverse_kl", "sampled_reverse_kl") for part in self.parts)
 
 
 class DataConfig(Section, frozen=True, kw_only=True):
@@ -118,14 +223,14 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
     top_k: NonNegative = 0
     stop_ids: tuple[int, ...] | None = None
     """None: the end-of-sequence ids of the model's generation config."""
-    num_slots: Positive = 16
+    num_slots: Slots = 16
     """Sequences decoded side by side."""
     min_wave: Positive = 1
     """Rollouts begin at least this many at a time. A decode step of 16 sequences costs little more than one of 8, but
     what waits for company begins later: give it a version more of ``max_staleness``."""
     device: str = "cpu"
     dtype: ComputeDtype = "float32"
-    num_threads: Positive = 1
+    num_threads: Threads = 1
     """CPU threads of the decode loop."""
     vllm: VllmConfig = VllmConfig()
 
@@ -168,7 +273,7 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
     device: str = "cpu"
     dtype: ComputeDtype = "float32"
     max_batch_tokens: Positive = 2048
-    num_threads: Positive = 1
+    num_threads: Threads = 1
     trust_remote_code: bool = False
     max_in_flight: Positive = 32
 
@@ -199,13 +304,13 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     """bf16 matrix products in training passes, with float32 weights, gradients and sums: "gpu" on GPUs that have them
     in hardware, "auto" on such CPUs too. Held-out measurements are made without."""
     gradient_checkpointing: bool = False
-    block_rows: Positive = 256
-    """Full-vocabulary rows held at a time by the loss."""
+    block_rows: Positive | None = None
+    """Full-vocabulary rows held at a time by the loss. None: 256 on CPU; on a GPU at most 640 MiB of logits."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
     on."""
     device: str = "cpu"
-    num_threads: Positive = 1
+    num_threads: Threads = 1
 
 
 class WeightsConfig(Section, frozen=True, kw_only=True):
@@ -359,11 +464,11 @@ class Recipe(Section, frozen=True, kw_only=True):
     teacher: HttpTeacher | LocalTeacher
     data: DataConfig
     seed: int = 0
-    max_staleness: NonNegative = 1
+    max_staleness: Staleness = 1
     """S: policy versions between the first token of a rollout and the step that trains on it; 0 is synchronous."""
-    rollouts_per_step: Positive = 64
+    rollouts_per_step: Rollouts = 64
     """P."""
-    samples_per_prompt: Positive = 1
+    samples_per_prompt: Rollouts = 1
     deterministic: bool = False
     """Same seed, same weights, bit for bit: everything composed by ticket instead of arrival. Needs max_staleness=0."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -407,6 +512,12 @@ class Recipe(Section, frozen=True, kw_only=True):
             raise RecipeError(
                 f"data.reference_share={self.data.reference_share} needs data.reference_column, which is not set; "
                 "name the column with the completions or set the share to 0"
+            )
+        if self.data.reference_share > 0 and self.objective.needs_sampling:
+            raise RecipeError(
+                f"data.reference_share={self.data.reference_share} trains on completions that the student has not "
+                f"sampled, and objective.kind={self.objective.kind!r} needs what the student thought when it sampled; "
+                "set the share to 0 or choose another objective"
             )
         if self.learner.warmup_steps > self.steps:
             raise RecipeError(
@@ -453,7 +564,11 @@ def with_overrides(recipe: Recipe, assignments: list[str]) -> Recipe:
         cause = error.__cause__
         if isinstance(cause, RecipeError):
             raise cause from None
-        raise RecipeError(f"recipe {recipe.name!r}: {error}") from None
+        raise RecipeError(f"recipe {recipe.name!r}: {error}{_choices(str(error))}") from None
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: the text {error.object!r} is not UTF-8; rename what it names"
+        ) from None
 
 
 def describe(recipe: Recipe) -> str:
@@ -495,6 +610,27 @@ def _no_setting(section: msgspec.Struct, path: str) -> tuple[str, object]:
         except (TypeError, ValueError, RecursionError):
             return _no_setting(value, f"{here}.") if isinstance(value, msgspec.Struct) else (here, value)
     return path.rstrip("."), section
+
+
+def _choices(message: str) -> str:
+    """What the field may be instead, where msgspec's ``message`` (… at `$.a.b`) leaves that out."""
+    if not message.startswith("Invalid "):
+        return ""
+    found: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(Recipe)]
+    for key in re.sub(r"\[[^]]*\]", "", message.rpartition("$.")[2].rstrip("`")).split("."):
+        structs = [kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.StructType)]
+        fields = [field.type for struct in structs for field in struct.fields if field.encode_name == key]
+        tags = tuple(struct.tag for struct in structs if struct.tag_field == key)
+        found = [*fields, *([msgspec.inspect.LiteralType(tags)] if tags else [])]
+    literals = [kind for kind in _alternatives(found) if isinstance(kind, msgspec.inspect.LiteralType)]
+    values = ", ".join(repr(value) for literal in literals for value in literal.values)
+    return f"; expected one of {values}" if values else ""
+
+
+def _alternatives(types: list[msgspec.inspect.Type]) -> list[msgspec.inspect.Type]:
+    """The types, unions taken apart, and lists standing for what is in them."""
+    items = [kind.item_type if isinstance(kind, msgspec.inspect.VarTupleType) else kind for kind in types]
+    return [one for kind in items for one in (kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,))]
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any, assignment: str) -> None:

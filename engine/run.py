@@ -58,7 +58,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --out (without it: the newest of this recipe's name)"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (runs/NAME-DATE-TIME)")
+    parser.add_argument("--out", metavar="DIR", type=_folder, help="folder of the run (runs/NAME-DATE-TIME)")
     parser.add_argument("--check", action="store_true", help="validate everything that can be, start nothing")
     parser.add_argument("--show", action="store_true", help="print actors, channels and the resolved recipe")
     parser.add_argument(
@@ -68,7 +68,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--simulate-from", metavar="RUN_DIR", type=Path, help="the same, with costs and lengths of an earlier run"
     )
     parser.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    for word in sys.argv[1:] if arguments is None else arguments:
+        # They go into JSON files and SQLite, which are UTF-8.
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            parser.error(f"{word!r} is not UTF-8")
     return parser.parse_args(arguments)
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():  # a variable of the shell that is not set; as a path it would be the folder we are called in
+        raise argparse.ArgumentTypeError("expected a folder, got an empty text")
+    return Path(text)
 
 
 if __name__ == "__main__":

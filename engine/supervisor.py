@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -51,11 +51,15 @@ class Supervisor:
         self._failure: ActorFailed | None = None
         self._stop_turn = asyncio.Lock()
 
-    def add(self, actor: Actor, restart: RestartPolicy | None = None) -> None:
+    def add(
+        self, actor: Actor, restart: RestartPolicy | None = None, *, at_end: Callable[[], None] | None = None
+    ) -> None:
         """Take an actor in. Order matters: they start in the order of adding and stop in the reverse order.
 
         Args:
             restart: how often it may fail; None means that its first failure ends the run.
+            at_end: called when its ``run`` has come to an end of its own, without having been told to drain. What it
+                raises is the actor's failure, for good.
 
         Raises:
             ValueError: the name is taken.
@@ -65,7 +69,7 @@ class Supervisor:
             raise ValueError(f"two actors are named {actor.name!r}; give each its own name")
         if any(slot.state is not ActorState.NEW for slot in self._slots.values()):
             raise RuntimeError(f"actor {actor.name!r} comes too late: the others have started")
-        self._slots[actor.name] = _Slot(actor, restart, self._clock)
+        self._slots[actor.name] = _Slot(actor, restart, self._clock, at_end)
 
     def states(self) -> tuple[ActorStatus, ...]:
         """All actors in the order of adding."""
@@ -156,6 +160,7 @@ class Supervisor:
                     await slot.start()
                     slot.restarts += 1
                     log.info("actor.restarted", restarts=slot.restarts)
+                slot.conclude()
             except ActorFailed as failed:
                 self._fail(slot, failed)
                 raise
@@ -174,12 +179,15 @@ class Supervisor:
 class _Slot:
     """One actor, its state and its tasks."""
 
-    def __init__(self, actor: Actor, policy: RestartPolicy | None, clock: Clock) -> None:
+    def __init__(
+        self, actor: Actor, policy: RestartPolicy | None, clock: Clock, at_end: Callable[[], None] | None
+    ) -> None:
         self.actor = actor
         self.task: asyncio.Task[None] | None = None
         self.state = ActorState.NEW
         self.restarts = 0
         self._policy = policy
+        self._at_end = at_end
         self._clock = clock
         self._since = clock.now()
         self._failure_times: list[float] = []
@@ -249,6 +257,14 @@ class _Slot:
                     if task is not decisive and not task.cancelled() and (error := task.exception()) is not None:
                         log.error("actor.end_failed", error=repr(error), exc_info=error)
         return _error_of(decisive)
+
+    def conclude(self) -> None:
+        """Raises ActorFailed when ``at_end`` does."""
+        if self._at_end is not None and self.state is ActorState.RUNNING:
+            try:
+                self._at_end()
+            except Exception as e:
+                raise ActorFailed(self.actor.name, e) from e
 
     async def _deliver(self) -> None:
         """Hand messages to the actor, oldest first.

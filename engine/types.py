@@ -27,6 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """0 keeps the whole vocabulary."""
     stop_ids: tuple[int, ...] = ()
     """A sampled stop id ends the rollout and is part of it."""
+    num_top_ids: int = 0
+    """So many ids with the largest logits are kept for each token that is drawn (``Rollout.top_ids``)."""
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +72,9 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[VersionSpan, ...]
     """Contiguous, cover [0, T), versions ascending."""
     finish_reason: FinishReason
+    top_ids: bytes = b""
+    """[T, ``SamplingParams.num_top_ids``] little-endian int32: at each position the ids with the largest logits under
+    the model that sampled there, in descending order. Empty when none were asked for, and for a reference."""
 
     @property
     def rollout_id(self) -> int:

@@ -2,15 +2,29 @@
 
 from ops.divergence import Divergence, divergence
 from ops.linear import linear_divergence, linear_divergence_with_gradients
-from ops.objectives import ForwardKL, Objective, ReverseKL
+from ops.objectives import (
+    JSD,
+    ForwardKL,
+    Mixture,
+    Objective,
+    ReverseKL,
+    SampledReverseKL,
+    SkewKL,
+    StudentTopKReverseKL,
+)
 from ops.reference import reference_divergence
 from ops.scores import TeacherScores
 
 __all__ = [
+    "JSD",
     "Divergence",
     "ForwardKL",
+    "Mixture",
     "Objective",
     "ReverseKL",
+    "SampledReverseKL",
+    "SkewKL",
+    "StudentTopKReverseKL",
     "TeacherScores",
     "divergence",
     "linear_divergence",

@@ -1,14 +1,14 @@
-"""A divergence between teacher scores and student logits, per position, with its gradient.
+"""A divergence between a teacher and student logits, per position, with its gradient.
 
-    T positions    V vocabulary    K teacher's top-k    z logits    q = softmax(z)    S support (``ops.scores``)
+    T positions    V vocabulary    W columns of this rank (V, on one)    K teacher's top-k    z logits    q = softmax(z)
 
-The forward pass computes the gradient along with the value, in blocks of rows; the backward pass only scales it.
-Where the logits come from a linear head, ``ops.linear`` does without a [T, V] tensor altogether.
+The forward pass reads the logits once and keeps a few numbers per row. The backward pass reads them again and writes
+the gradient once, scaled by what comes from above. Where the logits come from a linear head, ``ops.linear`` does
+without a [T, V] tensor altogether.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.block import METRICS, solve_block
+from ops.kernels import dense_for
+from ops.listed import Listed
 from ops.objectives import Objective
-from ops.scores import Support, TeacherScores, support_of
+from ops.scores import TeacherScores
+from ops.shards import find_shard
+from ops.solve import Conditions, wants_student_ids
+from ops.solved import METRICS, Columns, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +32,34 @@ class Divergence:
     values: Tensor
     """[T] nats, float32 (float64 when the logits are); carries the gradient."""
     metrics: dict[str, Tensor]
-    """[T] each, dtype of ``values``, no gradient:
+    """[T] each, dtype of ``values``, no gradient, at temperature 1, the same on every rank:
 
     teacher_mass, student_mass: probability of the teacher's top-k under each model's full softmax.
     topk_overlap: share of the teacher's top-k that is among the student's as many largest.
     teacher_entropy, student_entropy: nats, with the tail as one category, so a lower bound of the full entropy.
     student_logprob: nats, of the sampled token under the student's full softmax; 0 where there is none.
+
+    With a teacher's logits the list is the whole vocabulary: masses and overlap are 1, entropies exact, and nothing was
+    sampled.
     """
 
 
-def divergence(objective: Objective, logits: Tensor, scores: TeacherScores, *, block_rows: int = 256) -> Divergence:
+def divergence(
+    objective: Objective,
+    logits: Tensor,
+    scores: TeacherScores | Tensor,
+    *,
+    temperature: float = 1.0,
+    square_temperature: bool = False,
+    behaviour_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    clamp: float | None = None,
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    inplace: bool = False,
+    block_rows: int = 256,
+) -> Divergence:
     """Divergence of each position from logits.
 
     With p the teacher, q the student, S the teacher's top-k and the sampled token, p_tail = 1 − Σ_S p and q_tail
@@ -47,56 +69,100 @@ def divergence(objective: Objective, logits: Tensor, scores: TeacherScores, *, b
             ∂/∂z_v = q_v − p_v for v in S, q_v − p_tail q_v / q_tail otherwise
         ReverseKL   Σ_S q log(q/p) + q_tail log(q_tail/p_tail)
             ∂/∂z_v = q_v (log(q_v/p_v) − value) for v in S, q_v (log(q_tail/p_tail) − value) otherwise
+        all         Σ over S and the tail of f(p, q);  ∂/∂z_v = w_v − q_v Σ w,  w = q ∂f/∂q
 
-    ``ops.objectives.Tail`` says what the other tails are; ``ops.coarse`` what happens at −inf and at rounding.
+    The other objectives' f are in their docstrings, with sources. ``ops.objectives.Tail`` says what the other tails
+    are; ``ops.coarse`` what happens at −inf, at rounding and at temperatures.
 
     Args:
-        logits: [T, V] any float dtype, not changed. −inf marks columns outside the vocabulary (padding).
-        scores: of the same T positions.
-        block_rows: rows that are worked on at a time, in float32 (float64 for float64 logits).
+        logits: [T, V], or this rank's [T, W], any float dtype; not changed unless ``inplace``. −inf marks columns
+            outside the vocabulary.
+        scores: of the same T positions, the same on every rank. Or the teacher's logits [T, V] (this rank's [T, W]):
+            then the divergence is over the whole vocabulary, whatever the objective's tail.
+        temperature: τ > 0, of both models: log-probabilities of the categories are divided by τ and scaled to sum to 1
+            again. Whole vocabularies see softmax(z/τ). Divides the gradient by about τ².
+        square_temperature: value and gradient times τ², which keeps the gradient's size (Hinton et al.,
+            arXiv 1503.02531).
+        behaviour_logprobs: [T] nats, of the sampled tokens under what drew them; read by ``SampledReverseKL`` alone.
+        token_weights: [T] factors of value and gradient; constants.
+        clamp: upper limit of a token's value, before its weight; above it the gradient is 0.
+        tp_group: process group whose ranks hold a shard each, in order; widths may differ. Three small all-reduces
+            forward, none backward (``ops.shards``); ``StudentTopKReverseKL`` without ``extra_ids`` gathers once more.
+            The values are the same on every rank, and each must take the same gradient of them.
+        vocab_size: V where columns are padded: a column at or beyond it is not there, whatever it holds, and its
+            gradient is 0.
+        vocab_start: id of this rank's first column, with ``vocab_size``; None: the ranks tell each other their widths.
+        inplace: the backward pass writes the gradient over the logits (over a leaf's, too), instead of beside them.
+            Whoever needs the logits after that, a second backward pass for one, gets autograd's error about a tensor
+            that was modified.
+        block_rows: rows of a teacher's logits that are worked on at a time, in several copies in float32 (float64 for
+            float64 logits). With ``TeacherScores`` the copies are of a megabyte.
 
     Raises:
-        ValueError: shapes disagree or an id is out of range.
+        ValueError: shapes disagree, an id is out of range, or the objective needs what is not given. If one rank of
+            ``tp_group`` raises because of its shapes, all do (not where ``vocab_start`` is given: then nobody asks).
     """
+    conditions = Conditions(
+        temperature=temperature,
+        square_temperature=square_temperature,
+        behaviour_logprobs=behaviour_logprobs,
+        token_weights=token_weights,
+        clamp=clamp,
+    )
     check_block_rows(block_rows)
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be [T, V], got {tuple(logits.shape)}")
-    support = support_of(scores, num_rows=logits.shape[0], vocab_size=logits.shape[1])
-    values, *metrics = _FromLogits.apply(logits, objective, support, block_rows)  # type: ignore[no-untyped-call]
+    wrong = "" if logits.dim() == 2 else f"logits must be [T, V], got {tuple(logits.shape)}"
+    if not wrong and inplace and not has_contiguous_rows(logits):
+        wrong = "inplace=True needs logits whose rows are contiguous"
+    problem = pose(
+        objective,
+        scores,
+        conditions,
+        num_rows=logits.shape[0],
+        width=logits.shape[-1],
+        dtype=logits.dtype,
+        device=logits.device,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        vocab_start=vocab_start,
+        block_rows=block_rows,
+        wrong=wrong,
+    )
+    values, *metrics = _FromLogits.apply(logits, problem, inplace)  # type: ignore[no-untyped-call]
     return Divergence(values=values, metrics=dict(zip(METRICS, metrics, strict=True)))
 
 
-class Columns:
-    """Collects [B] results of the blocks into [T] tensors."""
+def pose(
+    objective: Objective,
+    scores: TeacherScores | Tensor,
+    conditions: Conditions,
+    *,
+    num_rows: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_group: Any,
+    vocab_size: int | None,
+    vocab_start: int | None,
+    block_rows: int,
+    wrong: str,
+) -> Problem:
+    """Check everything, on all ranks alike.
 
-    def __init__(self, num_rows: int, like: Tensor) -> None:
-        dtype = working_dtype(like)
-        self.values = torch.empty(num_rows, dtype=dtype, device=like.device)
-        self.metrics = {name: torch.empty_like(self.values) for name in METRICS}
-
-    def put(self, start: int, end: int, values: Tensor, metrics: dict[str, Tensor]) -> None:
-        self.values[start:end] = values
-        for name, metric in metrics.items():
-            self.metrics[name][start:end] = metric
-
-
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """float32 from 8 or 11 significant bits up: too few to sum a vocabulary."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of ceil(T / block_rows) blocks of nearly equal size: a short last block runs at half the speed."""
-    if num_rows == 0:
-        return
-    num_blocks = -(-num_rows // block_rows)
-    for i in range(num_blocks):
-        yield num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks
-
-
-def largest_block(num_rows: int, block_rows: int) -> int:
-    """Rows of the largest of ``blocks``."""
-    return -(-num_rows // max(1, -(-num_rows // block_rows)))
+    Args:
+        wrong: what the caller has found wrong already.
+    """
+    shard = find_shard(
+        width,
+        device=device,
+        group=tp_group,
+        vocab_size=vocab_size,
+        vocab_start=vocab_start,
+        alike=(num_rows, block_rows),
+        problem=wrong or _what_is_wrong(objective, scores, conditions, num_rows=num_rows, width=width),
+    )
+    if isinstance(scores, TeacherScores):
+        return Listed(objective, scores, shard, conditions)
+    return dense_for(objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows)
 
 
 def check_block_rows(block_rows: int) -> None:
@@ -104,26 +170,35 @@ def check_block_rows(block_rows: int) -> None:
         raise ValueError(f"block_rows must be at least 1 row, got {block_rows}")
 
 
+def _what_is_wrong(
+    objective: Objective, scores: TeacherScores | Tensor, conditions: Conditions, *, num_rows: int, width: int
+) -> str:
+    """One sentence, or nothing."""
+    if not isinstance(scores, TeacherScores):
+        if scores.shape != (num_rows, width):
+            return f"the teacher's logits must be {(num_rows, width)} as the student's, got {tuple(scores.shape)}"
+    elif scores.num_rows != num_rows:
+        return f"the student has {num_rows} rows and the scores have {scores.num_rows}; they must agree"
+    elif num_student := wants_student_ids(objective):
+        extra = scores.extra_logprobs
+        if extra is None or extra.shape[1] < num_student:
+            return (
+                f"StudentTopKReverseKL(k={num_student}) needs the teacher's log-probabilities of the student's "
+                f"{num_student} most likely ids in scores.extra_logprobs [T, E ≥ k], got "
+                f"{None if extra is None else tuple(extra.shape)}"
+            )
+    return conditions.what_is_wrong(num_rows)
+
+
 class _FromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, objective: Objective, support: Support, block_rows: int
-    ) -> tuple[Tensor, ...]:
-        num_rows, vocab_size = logits.shape
-        want_gradient = bool(ctx.needs_input_grad[0])
-        out = Columns(num_rows, logits)
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if want_gradient else None
-        # Where the dtype allows it the gradient's own rows are the working buffer.
-        shared = gradient is not None and gradient.dtype == working_dtype(logits)
-        size = (0 if shared else largest_block(num_rows, block_rows), vocab_size)
-        buffer = torch.empty(size, dtype=working_dtype(logits), device=logits.device)
-        for start, end in blocks(num_rows, block_rows):
-            block = gradient[start:end] if shared and gradient is not None else buffer[: end - start]
-            block.copy_(logits[start:end])
-            out.put(start, end, *solve_block(objective, block, support.rows(start, end), want_gradient=want_gradient))
-            if gradient is not None and not shared:
-                gradient[start:end] = block
-        ctx.gradient = gradient
+    def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool) -> tuple[Tensor, ...]:
+        rows = logits if has_contiguous_rows(logits) else logits.contiguous()
+        with torch.autocast(rows.device.type, enabled=False):  # the dtypes here are chosen, not guessed
+            solved = problem.solve(rows, 0, len(rows))
+        out = Columns.of(solved, rows)
+        ctx.solved, ctx.inplace = solved, inplace
+        ctx.save_for_backward(rows)
         ctx.mark_non_differentiable(*out.metrics.values())
         ctx.set_materialize_grads(False)
         return out.values, *out.metrics.values()
@@ -131,9 +206,17 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        scale, gradient = grad_outputs[0], ctx.gradient
-        if scale is None or gradient is None:
-            return None, None, None, None
-        if bool((scale == 1.0).all()):
-            return gradient, None, None, None
-        return gradient * scale.unsqueeze(1).to(gradient.dtype), None, None, None
+        scale = grad_outputs[0]
+        if scale is None:
+            return None, None, None
+        logits: Tensor = ctx.saved_tensors[0].detach()  # autograd raises when they have changed since
+        out = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        with torch.autocast(out.device.type, enabled=False):
+            ctx.solved.write(out, logits, scale)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(out)  # a kernel may write behind autograd's back
+        return out, None, None
+
+
+def has_contiguous_rows(logits: Tensor) -> bool:
+    return logits.shape[1] < 2 or logits.stride(1) == 1

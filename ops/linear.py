@@ -12,43 +12,84 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.block import METRICS, solve_block
-from ops.divergence import Columns, Divergence, blocks, check_block_rows, largest_block, working_dtype
+from ops.divergence import Divergence, check_block_rows, pose
 from ops.objectives import Objective
-from ops.scores import Support, TeacherScores, support_of
+from ops.scores import TeacherScores
+from ops.solve import Conditions
+from ops.solved import METRICS, Columns, blocks, largest_block, working_dtype
 
 
 def linear_divergence(
     objective: Objective,
     hidden: Tensor,
     head_weight: Tensor,
-    scores: TeacherScores,
+    scores: TeacherScores | Tensor,
     bias: Tensor | None = None,
     *,
-    block_rows: int = 256,
+    temperature: float = 1.0,
+    square_temperature: bool = False,
+    behaviour_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    clamp: float | None = None,
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
+    block_rows: int | None = None,
 ) -> Divergence:
     """``divergence`` of the logits ``hidden @ head_weight.T + bias``, which are never whole.
 
     Values and gradients of all inputs are computed in the forward pass, for a gradient of 1 on each value (the trainer
-    sums). The backward pass returns them as they are, scales them when all values get one gradient, and computes the
-    blocks of the head's gradient again when rows get different ones: right in each case, fast in the first two.
+    sums; weights of single tokens belong into ``token_weights``). The backward pass returns them as they are, scales
+    them when all values get one gradient, and computes the blocks of the head's gradient again when rows get different
+    ones: right in each case, fast in the first two.
+
+    On several ranks the head is cut along V and hidden states are the same on each, as in a column-parallel linear
+    layer: values and the gradient of ``hidden`` are whole on every rank, that of the head is the shard's. Each block
+    makes the three all-reduces of ``divergence``. Under sequence parallelism gather the hidden states first, and
+    reduce-scatter their gradient: with ``reduce_hidden_grad=False`` it is left as this rank's summand for that.
 
     Args:
         hidden: [T, D]. When its dtype differs from the head's (autocast), products are made in the dtype of ``hidden``.
-        head_weight: [V, D]; may be the tied embedding.
-        bias: [V] or None.
-        scores: of the same T positions.
-        block_rows: largest number of full-vocabulary rows held at a time.
+        head_weight: [V, D], or this rank's [W, D]; may be the tied embedding.
+        scores: of the same T positions; or the teacher's logits [T, V] (this rank's [T, W]).
+        bias: [V] (this rank's [W]) or None.
+        reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, in its dtype.
+        block_rows: largest number of full-vocabulary rows held at a time. None: a fifth of T, but 64 to 256. On CUDA,
+            where each block reads and writes the whole gradient of the head and a product of few rows is slow, what
+            fits 640 MiB of logits, but at least 1024 rows and no more than half of T; 2048 with a ``tp_group``.
+
+        The others are those of ``divergence``.
 
     Raises:
-        ValueError: shapes disagree or an id is out of range.
+        ValueError: as ``divergence``.
     """
-    head = Head(head_weight, bias, objective=objective, block_rows=block_rows)
-    support = head.support(hidden, scores)
-    values, *metrics = _FromHidden.apply(hidden, head_weight, bias, head, support)  # type: ignore[no-untyped-call]
+    conditions = Conditions(
+        temperature=temperature,
+        square_temperature=square_temperature,
+        behaviour_logprobs=behaviour_logprobs,
+        token_weights=token_weights,
+        clamp=clamp,
+    )
+    head = Head(
+        objective,
+        hidden,
+        head_weight,
+        scores,
+        bias,
+        conditions,
+        tp_group,
+        vocab_size,
+        vocab_start,
+        block_rows=block_rows,
+    )
+    values, *metrics = _FromHidden.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, bias, head, tp_group if reduce_hidden_grad else None
+    )
     return Divergence(values=values, metrics=dict(zip(METRICS, metrics, strict=True)))
 
 
@@ -56,13 +97,22 @@ def linear_divergence_with_gradients(
     objective: Objective,
     hidden: Tensor,
     head_weight: Tensor,
-    scores: TeacherScores,
+    scores: TeacherScores | Tensor,
     bias: Tensor | None = None,
     *,
     hidden_grad: Tensor,
     head_grad: Tensor | None,
     bias_grad: Tensor | None = None,
-    block_rows: int = 256,
+    temperature: float = 1.0,
+    square_temperature: bool = False,
+    behaviour_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    clamp: float | None = None,
+    tp_group: Any = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
+    block_rows: int | None = None,
     workspace: Tensor | None = None,
 ) -> Divergence:
     """The same outside autograd, for who accumulates gradients of the *sum* of the values himself.
@@ -74,16 +124,34 @@ def linear_divergence_with_gradients(
         workspace: [R, V] of the dtype of ``hidden``, for blocks of at most R ≤ ``block_rows`` rows. Kept from call to
             call it spares the page faults of a fresh one, on CPU 25 ms for 50 MB; None: made here.
 
-    Returns:
-        Values and metrics without a gradient.
+        The others are those of ``linear_divergence``.
     """
-    head = Head(
-        head_weight.detach(), None if bias is None else bias.detach(), objective=objective, block_rows=block_rows
+    conditions = Conditions(
+        temperature=temperature,
+        square_temperature=square_temperature,
+        behaviour_logprobs=behaviour_logprobs,
+        token_weights=token_weights,
+        clamp=clamp,
     )
-    support = head.support(hidden, scores)
+    if workspace is not None:
+        block_rows = workspace.shape[0] if block_rows is None else min(block_rows, workspace.shape[0])
+    head = Head(
+        objective,
+        hidden,
+        head_weight,
+        scores,
+        bias,
+        conditions,
+        tp_group,
+        vocab_size,
+        vocab_start,
+        block_rows=block_rows,
+    )
+    gradients = Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad)
     with torch.no_grad():
-        gradients = Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad)
-        out = head.run(hidden.detach(), support, gradients, workspace=workspace)
+        out = head.run(hidden, head_weight, bias, gradients, workspace=workspace)
+        if reduce_hidden_grad and tp_group is not None:
+            dist.all_reduce(hidden_grad, group=tp_group)
     return Divergence(values=out.values, metrics=out.metrics)
 
 
@@ -106,70 +174,111 @@ class Gradients:
 
 
 class Head:
-    """A linear head and the block loop over it."""
+    """A linear head with a problem behind it, and the block loop over both. Holds none of the tensors."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, objective: Objective, block_rows: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        hidden: Tensor,
+        weight: Tensor,
+        scores: TeacherScores | Tensor,
+        bias: Tensor | None,
+        conditions: Conditions,
+        tp_group: Any,
+        vocab_size: int | None,
+        vocab_start: int | None,
+        *,
+        block_rows: int | None,
+    ) -> None:
+        if block_rows is None:
+            # Ranks must agree, and their widths need not.
+            block_rows = _default_block_rows(hidden, None if tp_group is not None else len(weight))
         check_block_rows(block_rows)
+        wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            raise ValueError(
+            wrong = (
                 f"head_weight must be [V, D] and bias [V], got {tuple(weight.shape)} and "
                 f"{None if bias is None else tuple(bias.shape)}"
             )
-        self.weight, self.bias, self.objective, self.block_rows = weight, bias, objective, block_rows
-
-    def support(self, hidden: Tensor, scores: TeacherScores) -> Support:
-        if hidden.dim() != 2 or hidden.shape[1] != self.weight.shape[1]:
-            raise ValueError(f"hidden must be [T, {self.weight.shape[1]}], got {tuple(hidden.shape)}")
-        return support_of(scores, num_rows=hidden.shape[0], vocab_size=self.weight.shape[0])
+        elif hidden.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            wrong = f"hidden must be [T, {weight.shape[1]}], got {tuple(hidden.shape)}"
+        self.block_rows = block_rows
+        self.problem = pose(
+            objective,
+            scores,
+            conditions,
+            num_rows=hidden.shape[0],
+            width=weight.shape[0],
+            dtype=hidden.dtype,
+            device=hidden.device,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            vocab_start=vocab_start,
+            block_rows=block_rows,
+            wrong=wrong,
+        )
 
     def run(
-        self, hidden: Tensor, support: Support, gradients: Gradients, *, workspace: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradients: Gradients,
+        *,
+        workspace: Tensor | None = None,
     ) -> Columns:
         """All blocks: values, metrics, and the gradients that are wanted."""
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes here are chosen, not guessed
-            return self._run(hidden, support, gradients, workspace)
+            return self._run(hidden, weight.to(hidden.dtype), bias, gradients, workspace)
 
-    def _run(self, hidden: Tensor, support: Support, gradients: Gradients, workspace: Tensor | None) -> Columns:
-        num_rows = hidden.shape[0]
-        weight = self.weight.to(hidden.dtype)
+    def _run(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, gradients: Gradients, workspace: Tensor | None
+    ) -> Columns:
+        num_rows, num_columns = hidden.shape[0], self.problem.num_columns
+        # Rows of padding take no part: 0 times what they hold may be NaN.
+        weight = weight[:num_columns]
+        head_bias = None if bias is None else bias[:num_columns].to(hidden.dtype)
         out = Columns(num_rows, hidden)
-        block_rows = self.block_rows if workspace is None else min(self.block_rows, workspace.shape[0])
-        block_shape = (largest_block(num_rows, block_rows), weight.shape[0])
-        product = (
-            torch.empty(block_shape, dtype=hidden.dtype, device=hidden.device)
-            if workspace is None
-            else workspace[: block_shape[0]]
-        )
-        working = working_dtype(hidden)
-        logits = product if working == hidden.dtype else torch.empty(block_shape, dtype=working, device=hidden.device)
-        for start, end in blocks(num_rows, block_rows):
-            size, rows = end - start, slice(start, end)
-            torch.mm(hidden[rows], weight.t(), out=product[:size])
-            if logits is not product:
-                logits[:size].copy_(product[:size])
-            if self.bias is not None:
-                logits[:size].add_(self.bias)
-            solved = solve_block(
-                self.objective, logits[:size], support.rows(start, end), want_gradient=gradients.wanted
-            )
-            out.put(start, end, *solved)
-            if gradients.row_scale is not None:
-                logits[:size].mul_(gradients.row_scale[rows].unsqueeze(1))
+        if workspace is None:
+            shape = (largest_block(num_rows, self.block_rows), num_columns)
+            workspace = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        for start, end in blocks(num_rows, self.block_rows):
+            logits, rows = workspace[: end - start, :num_columns], slice(start, end)
+            if head_bias is None:
+                torch.mm(hidden[rows], weight.t(), out=logits)
+            else:
+                torch.addmm(head_bias, hidden[rows], weight.t(), out=logits)
+            solved = self.problem.solve(logits, start, end)
+            out.put(start, end, solved)
+            if not gradients.wanted:
+                continue
+            solved.write(logits, logits, None if gradients.row_scale is None else gradients.row_scale[rows])
             if gradients.bias is not None:
-                gradients.bias.add_(logits[:size].sum(dim=0))
-            if logits is not product:
-                product[:size].copy_(logits[:size])
+                gradients.bias[:num_columns].add_(logits.sum(dim=0, dtype=working_dtype(logits)))
             if gradients.hidden is not None:
-                torch.mm(product[:size], weight, out=gradients.hidden[rows])
+                torch.mm(logits, weight, out=gradients.hidden[rows])
             if gradients.weight is not None:
-                _add_product(gradients.weight, product[:size].t(), hidden[rows])
+                _add_product(gradients.weight[:num_columns], logits.t(), hidden[rows])
         return out
+
+
+def _default_block_rows(hidden: Tensor, num_columns: int | None) -> int:
+    if not hidden.is_cuda:
+        # Products of fewer than 64 rows are slow, and beyond 256 they get no faster.
+        return min(256, max(64, -(-len(hidden) // 5)))
+    if num_columns is None:
+        return 2048
+    # On an H100, of 512 to 4096, 2048 rows of 151936 columns were the fastest, and 4096 of 32000.
+    fit = 640 * 2**20 // max(1, num_columns * hidden.element_size())
+    return max(1024, min(fit, -(-len(hidden) // 2)))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, without a temporary where the dtypes allow."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total.add_(torch.mm(left, right))
 
@@ -177,7 +286,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, support: Support
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, sum_hidden_over: Any
     ) -> tuple[Tensor, ...]:
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         gradients = Gradients(
@@ -185,9 +294,11 @@ class _FromHidden(torch.autograd.Function):
             weight=torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
             bias=torch.zeros_like(bias) if need_bias and bias is not None else None,
         )
-        out = head.run(hidden, support, gradients)
+        out = head.run(hidden, weight, bias, gradients)
+        if gradients.hidden is not None and sum_hidden_over is not None:
+            dist.all_reduce(gradients.hidden, group=sum_hidden_over)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.support, ctx.gradients = head, support, gradients
+        ctx.head, ctx.gradients = head, gradients
         ctx.mark_non_differentiable(*out.metrics.values())
         ctx.set_materialize_grads(False)
         return out.values, *out.metrics.values()
@@ -199,11 +310,11 @@ class _FromHidden(torch.autograd.Function):
         gradients: Gradients = ctx.gradients
         if scale is None:
             return None, None, None, None, None
-        if bool((scale == 1.0).all()):
+        if _is_one(scale):
             return gradients.hidden, gradients.weight, gradients.bias, None, None
         hidden, weight, bias = ctx.saved_tensors
         by_row = None if gradients.hidden is None else gradients.hidden * scale.unsqueeze(1).to(gradients.hidden.dtype)
-        if bool((scale == scale[0]).all()):
+        if _is_uniform(scale):
             return by_row, _times(gradients.weight, scale[0]), _times(gradients.bias, scale[0]), None, None
         again = Gradients(
             weight=None if gradients.weight is None else torch.zeros_like(gradients.weight),
@@ -211,9 +322,18 @@ class _FromHidden(torch.autograd.Function):
             row_scale=scale,
         )
         if again.wanted:
-            head: Head = ctx.head
-            Head(weight, bias, objective=head.objective, block_rows=head.block_rows).run(hidden, ctx.support, again)
+            ctx.head.run(hidden, weight, bias, again)
         return by_row, again.weight, again.bias, None, None
+
+
+def _is_one(scale: Tensor) -> bool:
+    """Asked on CPU alone: on CUDA the answer costs more than the product that it may spare."""
+    return scale.device.type == "cpu" and bool((scale == 1.0).all())
+
+
+def _is_uniform(scale: Tensor) -> bool:
+    """What a sum or a mean sends back is one number, expanded: that is seen without reading it."""
+    return scale.numel() > 0 and (scale.stride(0) == 0 or bool((scale == scale[0]).all()))
 
 
 def _times(gradient: Tensor | None, scale: Tensor) -> Tensor | None:

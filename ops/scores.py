@@ -1,6 +1,8 @@
 """What the teacher says of T positions, and which columns of the student's logits that concerns.
 
-T positions      K teacher's top-k      C = K + 1 columns of the support S: the top-k, then the sampled token
+    T positions      K teacher's top-k      E ids of the student's      C columns of the support
+
+The columns: the top-k, then the sampled token, then, where an objective asks for them, the student's ids; each id once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ class TeacherScores:
     sampled_logprobs: Tensor
     """[T] float: of ``sampled_ids``."""
     extra_logprobs: Tensor | None = None
-    """[T, E] float: of ids that the caller named."""
+    """[T, E] float: of the student's most likely ids, which ``StudentTopKReverseKL`` looks at."""
+    extra_ids: Tensor | None = None
+    """[T, E] int: those ids, distinct within a row; −1 pads; the first k of them are looked at. None: the E largest of
+    the logits that come with these scores, in descending order, as ``logits.topk(E)`` gives them."""
 
     def __post_init__(self) -> None:
         if self.top_ids.dim() != 2 or self.top_ids.shape != self.top_logprobs.shape:
@@ -32,11 +37,19 @@ class TeacherScores:
                 f"top_ids and top_logprobs must both be [T, K], got {tuple(self.top_ids.shape)} and "
                 f"{tuple(self.top_logprobs.shape)}"
             )
-        expected = (self.top_ids.shape[0],)
-        if self.sampled_ids.shape != expected or self.sampled_logprobs.shape != expected:
+        num_rows = self.top_ids.shape[0]
+        if self.sampled_ids.shape != (num_rows,) or self.sampled_logprobs.shape != (num_rows,):
             raise ValueError(
-                f"sampled_ids and sampled_logprobs must both be {expected} as top_ids has {expected[0]} rows, got "
+                f"sampled_ids and sampled_logprobs must both be {(num_rows,)} as top_ids has {num_rows} rows, got "
                 f"{tuple(self.sampled_ids.shape)} and {tuple(self.sampled_logprobs.shape)}"
+            )
+        extra = self.extra_logprobs
+        if extra is not None and (extra.dim() != 2 or extra.shape[0] != num_rows):
+            raise ValueError(f"extra_logprobs must be [{num_rows}, E], got {tuple(extra.shape)}")
+        if self.extra_ids is not None and (extra is None or extra.shape != self.extra_ids.shape):
+            raise ValueError(
+                f"extra_ids and extra_logprobs must both be [T, E], got {tuple(self.extra_ids.shape)} and "
+                f"{None if extra is None else tuple(extra.shape)}"
             )
 
     @property
@@ -45,54 +58,88 @@ class TeacherScores:
         return self.top_ids.shape[0]
 
 
+NOWHERE = 2**31
+"""A place behind all others."""
+
+
 @dataclass(frozen=True, eq=False)
 class Support:
-    """S of each row as columns: the top-k, then the sampled token."""
+    """The columns of each row."""
 
     ids: Tensor
-    """[T, C] int64, in range also where ``named`` is False: there the id of a named column of the row (0 if none)."""
-    named: Tensor
-    """[T, C] bool: False at padding, at log-probability −inf, at a sampled token that the top-k has already."""
+    """[T, C] int64, distinct within a row; −1: none, at padding, at log-probability −inf, at an id that a column
+    before has already. First the K of the top-k, then one for the sampled token, then the student's."""
     logprobs: Tensor
-    """[T, C] float64: the teacher's; −inf where not named."""
+    """[T, C] float64: the teacher's; −inf where there is no id."""
     sampled_ids: Tensor
-    """[T] int64; −1: none."""
+    """[T] int64; negative: none."""
+    num_top: int
+    """K."""
+    student_places: Tensor | None = None
+    """[T, C] int64: where an id stands among the student's most likely, from 0; ``NOWHERE``: it does not. None where
+    nobody asks."""
+
+    @property
+    def num_base(self) -> int:
+        """K + 1: columns of S."""
+        return self.num_top + 1
 
     def rows(self, start: int, end: int) -> Support:
         return Support(
             ids=self.ids[start:end],
-            named=self.named[start:end],
             logprobs=self.logprobs[start:end],
             sampled_ids=self.sampled_ids[start:end],
+            num_top=self.num_top,
+            student_places=None if self.student_places is None else self.student_places[start:end],
+        )
+
+    def with_student(self, student_ids: Tensor, logprobs: Tensor) -> Support:
+        """And the student's ids [T, E], with the teacher's log-probabilities of them."""
+        wanted = student_ids.long().masked_fill((student_ids < 0) | (logprobs == -torch.inf), -1)
+        same = (self.ids.unsqueeze(2) == wanted.unsqueeze(1)) & (wanted >= 0).unsqueeze(1)
+        fresh = wanted.masked_fill(same.any(dim=1), -1)
+        places = torch.arange(wanted.shape[1], device=wanted.device)
+        return Support(
+            ids=torch.cat((self.ids, fresh), dim=1),
+            logprobs=torch.cat((self.logprobs, logprobs.double().masked_fill(fresh < 0, -torch.inf)), dim=1),
+            sampled_ids=self.sampled_ids,
+            num_top=self.num_top,
+            student_places=torch.cat(
+                (
+                    torch.where(same, places, NOWHERE).amin(dim=2),
+                    places.expand_as(fresh).masked_fill(fresh < 0, NOWHERE),
+                ),
+                dim=1,
+            ),
         )
 
 
-def support_of(scores: TeacherScores, *, num_rows: int, vocab_size: int) -> Support:
-    """The support of each row.
+def support_of(scores: TeacherScores, *, vocab_size: int) -> Support:
+    """S of each row.
 
     Raises:
-        ValueError: the scores have another number of rows, or an id is outside the vocabulary.
+        ValueError: an id is outside the vocabulary. On CUDA, where to look is to wait, the device asserts it.
     """
-    if scores.num_rows != num_rows:
-        raise ValueError(f"the student has {num_rows} rows and the scores have {scores.num_rows}; they must agree")
-    top_ids = scores.top_ids.long()
-    sampled_ids = scores.sampled_ids.long().unsqueeze(1)
-    repeated = (top_ids == sampled_ids).any(dim=1, keepdim=True)
-    ids = torch.cat((top_ids, sampled_ids.masked_fill(repeated, -1)), dim=1)
-    logprobs = torch.cat((scores.top_logprobs.double(), scores.sampled_logprobs.double().unsqueeze(1)), dim=1)
+    top_ids, sampled_ids = scores.top_ids.long(), scores.sampled_ids.long()
+    repeated = (top_ids == sampled_ids.unsqueeze(1)).any(dim=1)
+    ids = torch.cat((top_ids, sampled_ids.masked_fill(repeated, -1).unsqueeze(1)), dim=1)
+    check_ids(ids, vocab_size)
+    logprobs = torch.cat((scores.top_logprobs, scores.sampled_logprobs.unsqueeze(1)), dim=1).double()
     # An id at −inf is left to the tail, as if it were not listed: log(q/p) has no value there.
-    named = (ids >= 0) & (logprobs != -torch.inf)
-    if ids.numel() and int(ids.max()) >= vocab_size:
+    absent = (ids < 0) | (logprobs == -torch.inf)
+    return Support(
+        ids=ids.masked_fill(absent, -1),
+        logprobs=logprobs.masked_fill(absent, -torch.inf),
+        sampled_ids=sampled_ids,
+        num_top=top_ids.shape[1],
+    )
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.is_cuda:
+        torch._assert_async((ids < vocab_size).all(), f"a token id is not below the vocabulary's {vocab_size}")
+    elif ids.numel() and int(ids.max()) >= vocab_size:
         raise ValueError(
             f"the scores name token id {int(ids.max())} and the student's vocabulary has {vocab_size}; "
             "do teacher and student share one tokenizer?"
         )
-    # Padding must point somewhere. It points at a named column of its own row, so that hiding the support from the tail
-    # hides nothing else: column 0 as a placeholder would take token 0 out of every padded row.
-    anchor = ids.masked_fill(~named, -1).amax(dim=1, keepdim=True).clamp_(min=0)
-    return Support(
-        ids=torch.where(named, ids, anchor),
-        named=named,
-        logprobs=logprobs.masked_fill(~named, -torch.inf),
-        sampled_ids=sampled_ids.squeeze(1),
-    )

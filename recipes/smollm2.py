@@ -25,10 +25,11 @@ from engine.recipe import (
 )
 
 
-def recipe() -> Recipe:
+def recipe(steps: int = 72) -> Recipe:
+    """``--set steps=N`` comes in here, so that the warm-up fits into a run that is a look and no more."""
     return Recipe(
         name="smollm2",
-        steps=72,
+        steps=steps,
         student=StudentConfig(path="models/smollm2/student"),
         # The top 256 hold 94 % of the teacher's probability on the student's answers, the top 64 only 87 %.
         teacher=HttpTeacher(urls=("http://127.0.0.1:8765",), top_k=256),
@@ -41,7 +42,12 @@ def recipe() -> Recipe:
         sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, min_wave=16, dtype="auto"),
         # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
         learner=LearnerConfig(
-            lr=3e-4, schedule="cosine", warmup_steps=3, min_lr_share=0.1, micro_batch_tokens=1024, autocast="auto"
+            lr=3e-4,
+            schedule="cosine",
+            warmup_steps=min(3, steps),
+            min_lr_share=0.1,
+            micro_batch_tokens=1024,
+            autocast="auto",
         ),
         # A new version comes every few seconds and an answer is 48 tokens: computing its keys and values again at each
         # switch would cost more than it brings.

@@ -24,14 +24,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from engine.errors import ModelError, NonFiniteError
+from engine.packed_linear import pack_linears
 from engine.precision import compute_dtype
 from engine.recipe import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
+from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
 from teacher.folder import info_of, length_limit, one_line, read_config
 from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, TeacherInfo
+from teacher.top_k import top_k_by_id
 
 Layout = Literal["tree", "packed", "padded", "single"]
 """One trie with attention by branch; one trie with a mask; rows of similar length; one request at a time."""
@@ -40,8 +43,6 @@ Layout = Literal["tree", "packed", "padded", "single"]
 # A wrong mask or a forgotten scale is off by more than a tenth; summing in another order by 1e-6 and, in half
 # precision, by a few hundredths.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-_TIE_ROOM = 64
-"""Candidates beyond the k-th that are looked at, to see all that equal it."""
 
 
 class TorchStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -292,8 +293,21 @@ class TorchBackend:
         half = (length + 1) // 2
         # Two that share a prefix, and a shorter one that shares nothing.
         probes = [stem, np.concatenate((stem[:half], tail))[:length], tail[:half]]
+        if self._device.type == "cpu":
+            # Checked by themselves, and in bfloat16 closer to float32 than the model's own, which round twice: by 0.24
+            # instead of 1.6 standard deviations of the logits, where SmolLM2 reads nonsense.
+            use_own_norms(self._model)
         expected = torch.cat([self._plain_logits(probe) for probe in probes])
+        if not torch.isfinite(expected).all():
+            raise ModelError(
+                f"model in {str(self._folder)!r}: its logits are not finite; are its weights whole, and is "
+                f"{self._model.dtype} wide enough for them?"
+            )
         scale = self._tolerance(expected)
+        # In float32 the rounding of packed layers adds up to more than the 1e-4 nats that answers may lie from a plain
+        # pass; in bfloat16 they give the very bits of plain ones.
+        if self._dtype == torch.bfloat16:
+            pack_linears(self._model, device=self._device)
         self._attention = self._model.config._attn_implementation
         self.use_layout("single")
         self._head = self._find_head(probes, expected, scale)
@@ -357,6 +371,7 @@ class LinearHead:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] in the model's dtype; valid until the next call."""
         layer = self._layer
+        # A packed layer is faster than what is saved by keeping the block.
         if type(layer) is not nn.Linear or layer.bias is not None:
             logits: Tensor = layer(hidden_RD)
             return logits
@@ -428,27 +443,3 @@ def score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) -> 
     # In place: a second block of full-vocabulary rows would double what is held.
     log_total = logits_RV.sub_(highest).exp_().sum(dim=-1, keepdim=True).log_().add_(highest)
     return top_ids, top - log_total, looked_up - log_total[rows, 0]
-
-
-def top_k_by_id(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, equal values by id ascending: also which of several equal ones are in.
-
-    ``torch.topk`` promises no order among equal values, and half-precision logits are full of them.
-
-    Returns:
-        ids [R, k] int32 and values [R, k].
-    """
-    num_candidates = min(values_RV.shape[-1], k + _TIE_ROOM)
-    values, ids = torch.topk(values_RV, num_candidates, dim=-1)
-    ids, order = ids.sort(dim=-1)
-    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    last = values[:, -1].clone()
-    values, ids = values[:, :k], ids[:, :k]
-    if num_candidates < values_RV.shape[-1]:
-        # More values equal to the k-th than there was room for: take these rows one by one.
-        for row in torch.nonzero(last == values[:, -1]).flatten().tolist():
-            tied = torch.nonzero(values_RV[row] >= last[row]).flatten()
-            values[row], order = (part[:k] for part in values_RV[row, tied].sort(descending=True, stable=True))
-            ids[row] = tied[order]
-    return ids.to(torch.int32), values

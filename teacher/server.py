@@ -50,7 +50,8 @@ class TeacherServer:
         token: that ``Authorization: Bearer`` must carry, but not at ``/healthz`` and ``/readyz``; None: no token.
         max_request_bytes: of one body; more is 413.
         max_queue: the batcher's; bodies beyond that and a few are refused with 429 before they are read.
-        body_timeout_s: how long one body may take to arrive; then 408.
+        body_timeout_s: how long one body may take to arrive; then 408. A connection that has not brought the head of
+            its first request by then is closed.
     """
 
     def __init__(
@@ -70,6 +71,10 @@ class TeacherServer:
         self._num_open = 0
         self._metrics = _Metrics(batcher)
         self._runner: web.AppRunner | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._silent: dict[web.RequestHandler, float] = {}
+        """Connections without a request so far, and since when they are known."""
+        self._heard: set[web.RequestHandler] = set()
 
     async def start(self, *, host: str, port: int) -> int:
         """Listen; returns the port, which is a free one when ``port`` is 0.
@@ -103,17 +108,37 @@ class TeacherServer:
                 f"cannot listen on {host}:{port}: {error.strerror or error}; "
                 "choose another --port (0 takes any free one) or stop whoever holds it"
             ) from None
+        self._watching = asyncio.create_task(self._close_the_silent(), name="close silent connections")
         real_port: int = self._runner.addresses[0][1]
         return real_port
 
     async def stop(self) -> None:
         """Stop listening; connections are closed when their answers are written, after 5 s at most. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    async def _close_the_silent(self) -> None:
+        """aiohttp waits for a head as long as it takes; a few thousand who never send one would hold every descriptor
+        that this process may have. Runs until ``stop``."""
+        assert self._runner is not None
+        while (server := self._runner.server) is not None:
+            await asyncio.sleep(self._body_timeout_s / 4)
+            now = time.monotonic()
+            open_now = set(server.connections)
+            self._heard &= open_now
+            self._silent = {one: self._silent.get(one, now) for one in open_now - self._heard}
+            late = [one for one, since in self._silent.items() if now - since >= self._body_timeout_s]
+            for one in late:
+                one.force_close()
+            if late:
+                log.info("connection.refused", reason=f"no request within {self._body_timeout_s:g} s", num=len(late))
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Token first, then the handler; every outcome becomes a status with a JSON reason and is counted."""
+        self._heard.add(request.protocol)
         began = time.monotonic()
         response = await self._outcome(request, handler)
         route = request.match_info.route.resource

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 
@@ -15,6 +16,12 @@ from tests.support.clock import settle as settle_loop
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before triton is imported anywhere: where there is no card its kernels are interpreted.
+if importlib.util.find_spec("triton") is not None:
+    import torch.cuda
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
     import hypothesis

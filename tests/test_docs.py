@@ -125,14 +125,14 @@ def check_python(arguments: list[str]) -> None:
 def check_options(module: str, words: list[str]) -> None:
     """Options are ones that the module's --help knows, overrides fields that a recipe has, recipes files of ours."""
     known = options_of(module)
-    for word, following in itertools.pairwise([*words, ""]):
+    for word in words:
         if word.startswith("--"):
             assert word in known, f"python -m {module} has no {word}; it has {', '.join(sorted(known))}"
-        if word == "--set" and following != "a.b=value":
-            named = next((Path(w) for w in words if w.startswith("recipes/")), Path(smollm2.__file__))
-            load_recipe(ROOT / named, [following])
         if word.startswith("recipes/"):
             assert (ROOT / word).is_file()
+    overrides = [following for word, following in itertools.pairwise([*words, ""]) if word == "--set"]
+    named = next((Path(word) for word in words if word.startswith("recipes/")), Path(smollm2.__file__))
+    load_recipe(ROOT / named, [assignment for assignment in overrides if assignment != "a.b=value"])
 
 
 def options_of(module: str) -> frozenset[str]:

@@ -169,6 +169,7 @@ def _rollout(prompt: Prompt, generation: Generation) -> Rollout:
         sampling_logprobs=generation.sampling_logprobs,
         spans=generation.spans,
         finish_reason=generation.finish_reason,
+        top_ids=generation.top_ids,
     )
 
 

@@ -73,3 +73,9 @@ def plain_mask(hidden: Tensor, *, dtype: torch.dtype) -> Tensor:
     Additive suits eager and fused attention alike; the lowest number instead of −inf cannot make a NaN.
     """
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+def decode_mask(positions_n: Tensor, *, length: int, dtype: torch.dtype) -> Tensor:
+    """[n, 1, 1, length] additive: row i looks at positions 0 … ``positions_n[i]``."""
+    hidden_nL = torch.arange(length, device=positions_n.device) > positions_n[:, None]
+    return plain_mask(hidden_nL, dtype=dtype)[:, None, None, :]

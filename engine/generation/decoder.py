@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 from engine.generation.draws import uniforms
 from engine.generation.kv_cache import SlotCache
-from engine.generation.model import decode_mask, trunk
+from engine.generation.model import DecodableModel, trunk
 from engine.generation.prefill import Prefill, plan_prefill
 from engine.generation.protocol import Generation, GenerationRequest
 from engine.generation.sampling import BatchSampler
+from engine.generation.top_ids import pack_ids
 from engine.types import FinishReason, VersionSpan
 
 _LENGTH_GRAIN = 16
@@ -41,6 +41,8 @@ class Running:
     """Weights that computed the keys and values of its prompt."""
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
+    top_ids: list[bytes] = field(default_factory=list)
+    """Of each token, when the request asks for them."""
     spans: list[VersionSpan] = field(default_factory=list)
     """The last one is open: its ``end`` is where it began until the sequence ends."""
 
@@ -52,15 +54,15 @@ class Running:
 class Decoder:
     """Rows, cache and model of one generator. One thread owns it."""
 
-    def __init__(self, model: PreTrainedModel, *, num_slots: int, version: int) -> None:
-        self.model = model
+    def __init__(self, ready: DecodableModel, *, num_slots: int, version: int) -> None:
         self.version = version
         self.num_slots = num_slots
         self.tokens_total = 0
         self.decode_steps_total = 0
         self.prefill_tokens_total = 0
-        self._device = model.device
-        self._trunk = trunk(model)
+        self._device = ready.model.device
+        self._trunk = trunk(ready.model)
+        self._compute_step = ready.step
         self._cache = SlotCache(num_slots=num_slots)
         self._rows: list[Running | None] = []
         self._rows_changed = True
@@ -128,6 +130,9 @@ class Decoder:
         self.tokens_total += len(rows)
         ended = []
         for at, row in enumerate(rows):
+            num_top_ids = row.request.params.num_top_ids
+            if drawn.top_ids is not None and num_top_ids:
+                row.top_ids.append(pack_ids(drawn.top_ids[at, :num_top_ids]))
             reason = self._extend(row, drawn.ids[at], drawn.logprobs[at], drawn.sampling_logprobs[at])
             if reason is not None:
                 ended.append((row.ticket, _generation(row, reason)))
@@ -157,15 +162,8 @@ class Decoder:
         longest = max(len(row.known) for row in rows)
         length = -(-longest // _LENGTH_GRAIN) * _LENGTH_GRAIN
         self._cache.begin_decode(rows=torch.arange(len(rows), device=device), positions=positions_n, length=length)
-        output = self.model(
-            input_ids=torch.tensor([[row.known[-1]] for row in rows], device=device),
-            position_ids=positions_n[:, None],
-            attention_mask=decode_mask(positions_n, length=length, dtype=self.model.dtype),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        logits_nV: torch.Tensor = output.logits[:, -1].float()
-        return logits_nV
+        ids_n = torch.tensor([row.known[-1] for row in rows], device=device)
+        return self._compute_step(ids_n, positions_n, self._cache).float()
 
     def _extend(self, row: Running, token: int, logprob: float, sampling_logprob: float) -> FinishReason | None:
         at = row.num_answer
@@ -230,4 +228,5 @@ def _generation(row: Running, reason: FinishReason) -> Generation:
         sampling_logprobs=tuple(row.sampling_logprobs),
         spans=tuple(spans),
         finish_reason=reason,
+        top_ids=b"".join(row.top_ids),
     )

@@ -298,7 +298,7 @@ class HFGenerator:
         device = torch.device(config.device)
         ready = load_decodable(self._student, dtype=compute_dtype(config.dtype, device), device=device)
         use_own_stream(device)
-        decoder = Decoder(ready.model, num_slots=config.num_slots, version=self._first_version)
+        decoder = Decoder(ready, num_slots=config.num_slots, version=self._first_version)
         return Loaded(decoder, ready.staging, ready.vocab_size, ready.max_positions)
 
     def _is_ready(self) -> bool:

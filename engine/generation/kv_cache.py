@@ -45,6 +45,11 @@ class SlotCache(Cache):
     def capacity(self) -> int:
         return self._capacity
 
+    @property
+    def length(self) -> int:
+        """Positions of every row that the pass that was begun looks at."""
+        return self._length
+
     def reserve(self, length: int) -> None:
         """Make room for ``length`` positions in every row; contents stay. Grows by at least half, never shrinks."""
         if length <= self._capacity:

@@ -6,6 +6,7 @@ as it is told: that is tried out on the loaded model, not looked up in a list, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,27 +15,34 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.errors import ModelError
-from engine.generation.attention import plain_mask, use_slot_attention
+from engine.generation.attention import decode_mask, use_slot_attention
 from engine.generation.kv_cache import SlotCache
-from engine.generation.packed import pack_linears, unpack_linears
+from engine.generation.lean import lean_step
 from engine.generation.staging import StagingArea
 from engine.generation.version import tensor_groups
+from engine.packed_linear import pack_linears, unpack_linears
 from engine.recipe import StudentConfig
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 """Share of the largest logit: what rounding can do, and far less than a wrong mask or position does."""
 
 
+Step = Callable[[Tensor, Tensor, SlotCache], Tensor]
+"""Ids [n] and positions [n] of the rows that ``SlotCache.begin_decode`` announced → logits [n, V]."""
+
+
 class DecodableModel(NamedTuple):
     """A model ready for slots."""
 
     model: PreTrainedModel
+    step: Step
+    """One decode step of ``model``."""
     staging: StagingArea
     vocab_size: int
     max_positions: int | None
     """Tokens that prompt and answer may have together; None when the config sets no limit."""
     is_fast: bool
-    """Runs on packed weights or slot attention, where the machine and the model allow them."""
+    """Runs on packed weights, slot attention or without its modules, where the machine and the model allow it."""
 
 
 def load_decodable(student: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> DecodableModel:
@@ -48,21 +56,24 @@ def load_decodable(student: StudentConfig, *, dtype: torch.dtype, device: torch.
     groups = tensor_groups(model)
     expected = _plain_logits(model)
     linears, attention = pack_linears(model, device=device), use_slot_attention(model)
-    is_fast = bool(linears) or attention is not None
+    lean = lean_step(model)
+    is_fast = bool(linears) or attention is not None or lean is not None
+    step: Step = _plain_step(model) if lean is None else lean
     try:
-        _check_decoding(model, expected, path=student.path)
+        _check_decoding(model, step, expected, path=student.path)
     except ModelError:
         if not is_fast:
             raise
         # Slow and right: the second check says whether it was the haste or the model.
-        is_fast = False
+        is_fast, step = False, _plain_step(model)
         unpack_linears(model, linears)
         if attention is not None:
             model.set_attn_implementation(attention)
-        _check_decoding(model, expected, path=student.path)
+        _check_decoding(model, step, expected, path=student.path)
     limit = getattr(model.config, "max_position_embeddings", None)
     return DecodableModel(
         model=model,
+        step=step,
         staging=StagingArea(model, groups, device=device),
         vocab_size=_vocab_size(model),
         max_positions=int(limit) if limit else None,
@@ -75,10 +86,21 @@ def trunk(model: PreTrainedModel) -> Any:
     return getattr(model, model.base_model_prefix, model)
 
 
-def decode_mask(positions_n: Tensor, *, length: int, dtype: torch.dtype) -> Tensor:
-    """[n, 1, 1, length] additive: row i looks at positions 0 … ``positions_n[i]``."""
-    hidden_nL = torch.arange(length, device=positions_n.device) > positions_n[:, None]
-    return plain_mask(hidden_nL, dtype=dtype)[:, None, None, :]
+def _plain_step(model: PreTrainedModel) -> Step:
+    """Through the model's own forward pass."""
+
+    def step(ids_n: Tensor, positions_n: Tensor, cache: SlotCache) -> Tensor:
+        output = model(
+            input_ids=ids_n[:, None],
+            position_ids=positions_n[:, None],
+            attention_mask=decode_mask(positions_n, length=cache.length, dtype=model.dtype),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits_nV: Tensor = output.logits[:, -1]
+        return logits_nV
+
+    return step
 
 
 def _load(student: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -141,10 +163,10 @@ def _plain_logits(model: PreTrainedModel) -> Tensor:
 
 
 @torch.inference_mode()
-def _check_decoding(model: PreTrainedModel, expected_nV: Tensor, *, path: str) -> None:
+def _check_decoding(model: PreTrainedModel, step: Step, expected_nV: Tensor, *, path: str) -> None:
     name = f"student {path!r} ({model.config.model_type})"
     try:
-        logits_nV = _slot_logits(model).float()
+        logits_nV = _slot_logits(model, step).float()
     except Exception as error:  # whatever a model does with a cache or a mask that it does not know
         raise ModelError(f"{name} cannot be decoded in slots: {_first_line(error)}") from error
     share = float((expected_nV - logits_nV).abs().max() / expected_nV.abs().max().clamp_min(1e-6))
@@ -156,7 +178,7 @@ def _check_decoding(model: PreTrainedModel, expected_nV: Tensor, *, path: str) -
         )
 
 
-def _slot_logits(model: PreTrainedModel) -> Tensor:
+def _slot_logits(model: PreTrainedModel, step: Step) -> Tensor:
     """The same as ``_plain_logits`` by a ragged prefill and two decode steps."""
     sequences, device = _probe_sequences(_vocab_size(model)), model.device
     num, width = len(sequences), max(map(len, sequences)) - 2
@@ -169,15 +191,8 @@ def _slot_logits(model: PreTrainedModel) -> Tensor:
     logits = torch.empty(0)
     for back in (2, 1):
         positions = torch.tensor([len(s) - back for s in sequences], device=device)
-        length = int(positions.max()) + 1
-        cache.begin_decode(rows=rows, positions=positions, length=length)
-        logits = model(
-            input_ids=torch.tensor([[s[-back]] for s in sequences], device=device),
-            position_ids=positions[:, None],
-            attention_mask=decode_mask(positions, length=length, dtype=model.dtype),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        cache.begin_decode(rows=rows, positions=positions, length=int(positions.max()) + 1)
+        logits = step(torch.tensor([s[-back] for s in sequences], device=device), positions, cache)
     return logits
 
 

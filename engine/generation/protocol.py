@@ -34,6 +34,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     sampling_logprobs: tuple[float, ...]
     spans: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+    top_ids: bytes = b""
 
 
 class GeneratorStatistics(msgspec.Struct, frozen=True, kw_only=True):

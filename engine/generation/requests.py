@@ -35,6 +35,10 @@ def check_requests(
         low, high = min(request.token_ids), max(request.token_ids)
         if low < 0 or high >= vocab_size:
             raise ValueError(f"{name} has token ids from {low} to {high}; the model knows 0 to {vocab_size - 1}")
+        if request.params.num_top_ids > vocab_size:
+            raise ValueError(
+                f"{name} asks for the {request.params.num_top_ids} most likely ids; the model knows {vocab_size}"
+            )
         num_prompt, num_new = len(request.token_ids), request.params.max_new_tokens
         if max_length is not None and num_prompt + num_new > max_length:
             raise ValueError(

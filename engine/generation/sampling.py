@@ -35,6 +35,8 @@ class Drawn(NamedTuple):
     """Nats under softmax(logits): temperature 1, whole vocabulary."""
     sampling_logprobs: list[float]
     """Nats under the distribution it was drawn from; 0 for greedy."""
+    top_ids: npt.NDArray[np.int32] | None = None
+    """[n, k] the ids with the largest logits, descending; k is the largest ``num_top_ids`` of the rows. None: k = 0."""
 
 
 def check_params(params: SamplingParams) -> None:
@@ -51,6 +53,8 @@ def check_params(params: SamplingParams) -> None:
         raise ValueError(f"top_p must be in (0, 1], got {params.top_p}; 1 keeps everything")
     if params.top_k < 0:
         raise ValueError(f"top_k must be >= 0, got {params.top_k}; 0 keeps everything")
+    if params.num_top_ids < 0:
+        raise ValueError(f"num_top_ids must be >= 0, got {params.num_top_ids}")
 
 
 class BatchSampler:
@@ -74,6 +78,7 @@ class BatchSampler:
         self._greedy = self._index(greedy)
         self._filters = [params[row] for row in filtered]
         self._all_plain = len(plain) == len(params)
+        self._num_top_ids = max((p.num_top_ids for p in params), default=0)
         self._temperature_n = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device)
 
     def draw(self, logits_nV: Tensor, uniforms_n: npt.NDArray[np.float64]) -> Drawn:
@@ -98,11 +103,12 @@ class BatchSampler:
                 "the weights that were loaded are broken, or the model overflows in its dtype"
             )
         u_n = torch.from_numpy(uniforms_n).to(self._device)
+        top_ids = self._top_ids(logits_nV)
         if self._all_plain:
             ids_n = _search(weights_nBb, sums_nB, u_n)
             logprob_n = self._logprob(logits_nV, ids_n, max_n, log_total_n)
             values = logprob_n.tolist()
-            return Drawn(ids_n.tolist(), values, values)
+            return Drawn(ids_n.tolist(), values, values, top_ids)
         ids_n = torch.zeros(n, dtype=torch.long, device=self._device)
         sampling_n = torch.zeros(n, dtype=torch.float64, device=self._device)
         if self._plain is not None:
@@ -124,7 +130,13 @@ class BatchSampler:
         if self._greedy is not None:
             ids_n[self._greedy] = logits_nV[self._greedy].argmax(dim=-1)
         logprob_n = self._logprob(logits_nV, ids_n, max_n, log_total_n)
-        return Drawn(ids_n.tolist(), logprob_n.tolist(), sampling_n.tolist())
+        return Drawn(ids_n.tolist(), logprob_n.tolist(), sampling_n.tolist(), top_ids)
+
+    def _top_ids(self, logits_nV: Tensor) -> npt.NDArray[np.int32] | None:
+        if self._num_top_ids == 0:
+            return None
+        ids_nk: npt.NDArray[np.int32] = logits_nV.topk(self._num_top_ids, dim=-1).indices.int().cpu().numpy()
+        return ids_nk
 
     @staticmethod
     def _logprob(logits_nV: Tensor, ids_n: Tensor, max_n: Tensor, log_total_n: Tensor) -> Tensor:

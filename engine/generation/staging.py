@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.generation.packed import PackedLinear
 from engine.generation.protocol import Bucket
 from engine.generation.version import Arrival, TensorGroup
+from engine.packed_linear import PackedLinear
 from engine.transport.handoff import Ticket, consume, publish
 
 Staged = frozenset[int]

@@ -321,6 +321,7 @@ class VllmGenerator:
                 for v, start, end in answer.versions
             ),
             finish_reason=answer.finish_reason,
+            top_ids=answer.top_ids,
         )
 
     def _admit(self) -> None:

@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 
 from engine.errors import GeneratorDied, ModelError, RecipeError
 from engine.generation.protocol import GenerationRequest
 from engine.generation.segment import Packed
+from engine.generation.top_ids import pack_ids
 from engine.precision import compute_dtype
 from engine.recipe import SamplerConfig, StudentConfig
 from engine.types import FinishReason
@@ -53,6 +55,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[float, ...]
     """At temperature 1 over the whole vocabulary."""
     sampling_logprobs: tuple[float, ...]
+    top_ids: bytes
+    """As in ``engine.types.Rollout``."""
     versions: tuple[tuple[int, int, int], ...]
     """(version, start, end), contiguous."""
     finish_reason: FinishReason
@@ -258,30 +262,31 @@ def sampling_params(request: GenerationRequest) -> Any:
         # Ends are the recipe's: stop_ids holds the end-of-sequence ids, or leaves them out on purpose.
         ignore_eos=True,
         seed=request.stream_key,
-        logprobs=1 if has_two_logprobs(request) else 0,
+        logprobs=num_logprobs(request),
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.CUMULATIVE,
     )
 
 
-def has_two_logprobs(request: GenerationRequest) -> bool:
-    """The distribution that is drawn from is not the model's own; of a greedy choice it is known without asking."""
+def num_logprobs(request: GenerationRequest) -> int:
+    """What is asked for beside the sampled token under the distribution that it was drawn from: the same token under
+    the model's own, where the two differ (of a greedy choice it is known without asking) or more is asked for, and
+    ids."""
     params = request.params
-    return params.temperature > 0 and (params.temperature != 1 or params.top_p < 1 or params.top_k > 0)
+    differs = params.temperature > 0 and (params.temperature != 1 or params.top_p < 1 or params.top_k > 0)
+    return params.num_top_ids + (differs or params.num_top_ids > 0)
 
 
 def _answer(completion: Any, request: GenerationRequest, reason: FinishReason) -> Answer:
-    values = completion.logprobs.logprobs
-    if has_two_logprobs(request):
-        sampling, plain = tuple(values[::2]), tuple(values[1::2])
-    else:
-        plain = tuple(values)
-        sampling = plain if request.params.temperature > 0 else (0.0,) * len(plain)
+    width = num_logprobs(request) + 1
+    values, ids = completion.logprobs.logprobs, completion.logprobs.token_ids
+    plain = tuple(values[min(1, width - 1) :: width])
     return Answer(
         token_ids=tuple(completion.token_ids),
         logprobs=plain,
-        sampling_logprobs=sampling,
+        sampling_logprobs=tuple(values[::width]) if request.params.temperature > 0 else (0.0,) * len(plain),
+        top_ids=pack_ids(np.asarray(ids).reshape(-1, width)[:, 2:]),
         versions=tuple((int(span.version), span.start, span.end) for span in completion.weight_versions),
         finish_reason=reason,
     )
@@ -364,7 +369,8 @@ def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_lengt
         "block_size": vllm.block_tokens or (_CPU_BLOCK_TOKENS if is_cpu else None),
         "enforce_eager": is_cpu if vllm.eager is None else vllm.eager,
         "enable_prefix_caching": True,
-        "max_logprobs": 1,
+        # As many as somebody asks for.
+        "max_logprobs": -1,
         "logprobs_mode": "processed_logprobs",
         # The first token of an answer is told at once, the others with the last one.
         "stream_interval": 1 << 30,

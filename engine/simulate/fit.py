@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RunDirError
+from engine.monitor.log_files import LogFile, find_logs, merged
 from engine.recipe import Recipe, ReplayConfig
 from engine.run_dir import RunDir
 from engine.simulate.lengths import Observed
@@ -29,8 +30,8 @@ _MAX_REQUESTS = 20_000
 """At the teacher, the latest: enough to see how it works."""
 
 
-class _Line(msgspec.Struct):
-    """The fields of ``events.jsonl`` that say what something took."""
+class _Line(msgspec.Struct, frozen=True):
+    """The fields of a log line that say what something took."""
 
     event: str
     outcome: str = "ok"
@@ -82,7 +83,7 @@ def fit(run: Path, recipe: Recipe) -> Fitted:
     Raises:
         RunDirError: no log there, or it holds too little to tell.
     """
-    lines = _read(RunDir(run).events)
+    lines = _read(run)
     rollouts = {
         line.rollout_id: (line.num_prompt_tokens, line.num_tokens)
         for line in lines["sampler.rollout"]
@@ -108,23 +109,18 @@ def fit(run: Path, recipe: Recipe) -> Fitted:
     return Fitted(costs=costs, lengths=Observed(pairs, longest=recipe.sampler.max_new_tokens))
 
 
-def _read(path: Path) -> dict[str, list[_Line]]:
-    """The lines that are of use, by event; what was cancelled or failed and what does not parse is left out."""
+def _read(run: Path) -> dict[str, list[_Line]]:
+    """The lines that are of use, by event; what was cancelled or failed or is not of their form is left out."""
     found: dict[str, list[_Line]] = {name: [] for name in _FITTED}
-    decode = msgspec.json.Decoder(_Line).decode
-    try:
-        with path.open("rb") as file:
-            for raw in file:
-                try:
-                    line = decode(raw)
-                except msgspec.DecodeError:
-                    continue
-                if line.event in found and line.outcome == "ok":
-                    found[line.event].append(line)
-    except OSError as error:
-        raise RunDirError(
-            f"{path} cannot be read ({error.strerror}); name the folder of a run, the one with its events.jsonl"
-        ) from error
+    for each in merged([LogFile(path) for path in find_logs(run)]):
+        if each.event not in found:
+            continue
+        try:
+            line = msgspec.convert(each.fields, _Line)
+        except msgspec.ValidationError:
+            continue
+        if line.outcome == "ok":
+            found[each.event].append(line)
     return found
 
 

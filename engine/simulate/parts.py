@@ -13,8 +13,9 @@ from engine.actors.weight_syncer import WeightPush
 from engine.build import make_flow, num_replicas, sampler_concurrency
 from engine.clock import Clock
 from engine.errors import RecipeError
+from engine.generation.blank import blank_tokens
 from engine.generation.protocol import GenerationRequest
-from engine.generation.replay import ReplayGenerator, blank_tokens
+from engine.generation.replay import ReplayGenerator
 from engine.ledger import Ledger
 from engine.parts import Parts
 from engine.recipe import Recipe

@@ -57,7 +57,7 @@ async def _run(
         _open_log(recipe, made, built, tracing, out, clock)
     supervisor = Supervisor(clock)
     for actor in built.actors:
-        supervisor.add(actor, restart=built.restarts[actor.name])
+        supervisor.add(actor, restart=built.restarts[actor.name], at_end=built.at_end.get(actor.name))
     try:
         with span("run.start"):
             await supervisor.start_all()

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from engine.generation.top_ids import top_ids_of
 from engine.training.packing import PackedBatch, PaddedBatch, pack, pad, split_by_budget, split_padded
 from engine.training.tree_attention import Tree, tree_of
 from engine.transport.handoff import Uploader, consume
@@ -63,6 +64,8 @@ class StudentBatch:
     """[B] response tokens of each rollout."""
     scores: TeacherScores
     """[T] rows."""
+    sampling_logprobs: Tensor | None = None
+    """[T] float32 nats: each response token under the distribution that it was drawn from; None: one was not drawn."""
 
 
 def check(scored: Scored) -> None:
@@ -83,6 +86,12 @@ def check(scored: Scored) -> None:
                 f"rollout {rollout.rollout_id} has {rollout.num_tokens} response tokens and its scores have "
                 f"{' / '.join(map(str, rows))} rows (top_ids / top_logprobs / sampled_logprobs); they must agree"
             )
+    widths = {(_width(top_ids_of(item.rollout)), _width(item.scores.extra_logprobs)) for item in scored}
+    if len(widths) > 1 or any(asked != told for asked, told in widths):
+        raise ValueError(
+            f"the rollouts keep {sorted(asked for asked, _ in widths)} of the student's most likely ids at each "
+            f"position, and the teacher told of {sorted(told for _, told in widths)}; they must all agree"
+        )
 
 
 def num_tokens(scored: Scored) -> int:
@@ -136,28 +145,50 @@ def make_batch(scored: Scored, *, layout: Layout, uploader: Uploader) -> Student
     lengths = tuple(item.rollout.num_tokens for item in scored)
     batch = lay_out([_inputs(item) for item in scored], layout)
     rows = np.concatenate([index[-length:] for index, length in zip(batch.index, lengths, strict=True)])
-    inputs, (rows_T, top_ids, top_logprobs, sampled_ids, sampled_logprobs) = upload(
-        batch, rows, *_score_arrays(scored), layout=layout, uploader=uploader
+    arrays = {"rows": rows, **_score_arrays(scored), **_student_arrays(scored)}
+    inputs, tensors = upload(batch, *arrays.values(), layout=layout, uploader=uploader)
+    named = dict(zip(arrays, tensors, strict=True))
+    return StudentBatch(
+        inputs=inputs,
+        rows=named.pop("rows"),
+        lengths=lengths,
+        sampling_logprobs=named.pop("sampling_logprobs", None),
+        scores=TeacherScores(**named),
     )
-    scores = TeacherScores(
-        top_ids=top_ids, top_logprobs=top_logprobs, sampled_ids=sampled_ids, sampled_logprobs=sampled_logprobs
-    )
-    return StudentBatch(inputs=inputs, rows=rows_T, lengths=lengths, scores=scores)
 
 
 def _inputs(item: ScoredRollout[Scores]) -> tuple[int, ...]:
     return item.rollout.prompt.token_ids + item.rollout.response_ids[:-1]
 
 
-def _score_arrays(scored: Scored) -> tuple[npt.NDArray[np.generic], ...]:
-    """top_ids, top_logprobs [T, K]; sampled_ids, sampled_logprobs [T]."""
+def _score_arrays(scored: Scored) -> dict[str, npt.NDArray[np.generic]]:
+    """What ``TeacherScores`` is made of, under its names."""
     top_k = max(item.scores.top_ids.shape[1] for item in scored)
-    return (
-        np.concatenate([_widen(item.scores.top_ids, top_k, -1) for item in scored]),
-        np.concatenate([_widen(item.scores.top_logprobs, top_k, 0) for item in scored]),
-        np.concatenate([np.asarray(item.rollout.response_ids, np.int64) for item in scored]),
-        np.concatenate([item.scores.sampled_logprobs for item in scored]),
-    )
+    return {
+        "top_ids": np.concatenate([_widen(item.scores.top_ids, top_k, -1) for item in scored]),
+        "top_logprobs": np.concatenate([_widen(item.scores.top_logprobs, top_k, 0) for item in scored]),
+        "sampled_ids": np.concatenate([np.asarray(item.rollout.response_ids, np.int64) for item in scored]),
+        "sampled_logprobs": np.concatenate([item.scores.sampled_logprobs for item in scored]),
+    }
+
+
+def _student_arrays(scored: Scored) -> dict[str, npt.NDArray[np.generic]]:
+    """What the student kept when it sampled: whatever all of these rollouts have of it."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    told = [item.scores.extra_logprobs for item in scored]
+    top_ids = [top_ids_of(item.rollout) for item in scored]
+    if all(extra is not None for extra in told) and all(ids is not None for ids in top_ids):
+        arrays["extra_ids"] = np.concatenate([ids for ids in top_ids if ids is not None])
+        arrays["extra_logprobs"] = np.concatenate([extra for extra in told if extra is not None])
+    if all(item.rollout.sampling_logprobs for item in scored):
+        arrays["sampling_logprobs"] = np.concatenate(
+            [np.asarray(item.rollout.sampling_logprobs, np.float32) for item in scored]
+        )
+    return arrays
+
+
+def _width(array: npt.NDArray[np.generic] | None) -> int:
+    return 0 if array is None else array.shape[1]
 
 
 def _widen(array: npt.NDArray[np.generic], top_k: int, fill: int) -> npt.NDArray[np.generic]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from engine.training import batch as batches
 from engine.training.batch import StudentBatch
 from engine.training.export import Named, buckets, named_tensors
 from engine.training.model import Student, load_student
+from engine.training.objectives import make_objective
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport, TokenLosses
 from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
@@ -36,14 +37,14 @@ from ops import (
     Divergence,
     ForwardKL,
     Objective,
-    ReverseKL,
     divergence,
     linear_divergence,
     linear_divergence_with_gradients,
 )
 from teacher.protocol import Scores
 
-_OBJECTIVES: dict[str, type[ForwardKL] | type[ReverseKL]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
+_CPU_BLOCK_ROWS = 256
+"""Matrix products of more rows get no faster."""
 
 
 class HFTrainer:
@@ -63,7 +64,12 @@ class HFTrainer:
         self.version = 0
         self._config = config
         self._student_config = student
-        self._objective: Objective = _OBJECTIVES[objective.kind](tail=objective.tail)
+        self._objective = make_objective(objective)
+        self._measure: dict[str, Any] = {
+            "temperature": objective.temperature,
+            "square_temperature": objective.square_temperature,
+            "clamp": objective.clamp,
+        }
         self._num_steps = steps
         self._seed = seed
         self._state: _Loaded | None = None
@@ -215,7 +221,8 @@ class HFTrainer:
         workspace = None
         if student.head is not None and student.device.type == "cpu":
             weight = student.head.weight
-            workspace = torch.empty(self._config.block_rows, weight.shape[0], dtype=student.training_dtype)
+            num_rows = self._config.block_rows or _CPU_BLOCK_ROWS
+            workspace = torch.empty(num_rows, weight.shape[0], dtype=student.training_dtype)
         self._state = _Loaded(
             student=student,
             optimizer=StepOptimizer(named, self._config),
@@ -240,21 +247,22 @@ class HFTrainer:
 
     def _forward(self, objective: Objective, batch: StudentBatch) -> Divergence:
         """Values and metrics without gradient; the caller has switched autograd off."""
-        student, block_rows = self._loaded.student, self._config.block_rows
+        student, blocks = self._loaded.student, self._blocks
         head = student.head
         if head is None:
             logits = student.logits(batch.inputs).index_select(0, batch.rows)
-            return divergence(objective, logits, batch.scores, block_rows=block_rows)
+            return divergence(objective, logits, batch.scores, **blocks)
         hidden = student.hidden(batch.inputs).index_select(0, batch.rows)
-        return linear_divergence(objective, hidden, head.weight, batch.scores, head.bias, block_rows=block_rows)
+        return linear_divergence(objective, hidden, head.weight, batch.scores, head.bias, **blocks)
 
     def _forward_backward(self, batch: StudentBatch) -> Divergence:
         """Adds the gradient of the sum of the values to the parameters'."""
-        student, block_rows = self._loaded.student, self._config.block_rows
+        student = self._loaded.student
+        measure = {**self._measure, **self._blocks, "behaviour_logprobs": batch.sampling_logprobs}
         head = student.head
         if head is None:
             logits = student.logits(batch.inputs).index_select(0, batch.rows)
-            out = divergence(self._objective, logits, batch.scores, block_rows=block_rows)
+            out = divergence(self._objective, logits, batch.scores, **measure)
             if self._is_usable(out.values):
                 out.values.sum().backward()  # type: ignore[no-untyped-call]
             return out
@@ -269,12 +277,19 @@ class HFTrainer:
             hidden_grad=hidden_grad,
             head_grad=head.weight.grad,
             bias_grad=None if head.bias is None else head.bias.grad,
-            block_rows=block_rows,
             workspace=self._loaded.workspace,
+            **measure,
         )
         if self._is_usable(out.values):
             hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]
         return out
+
+    @property
+    def _blocks(self) -> dict[str, Any]:
+        num_rows = self._config.block_rows
+        if num_rows is None and self._loaded.student.device.type == "cpu":
+            num_rows = _CPU_BLOCK_ROWS
+        return {} if num_rows is None else {"block_rows": num_rows}
 
     def _is_usable(self, values: Tensor) -> bool:
         """False: the step will be skipped, so the rest of this backward pass is not worth its time."""

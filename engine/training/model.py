@@ -18,6 +18,7 @@ from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.batch import Layout, ModelInputs, lay_out, upload
 from engine.training.embedding import RowGradEmbedding
 from engine.training.packing import packing_obstacle, rope_obstacle
+from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.transport.handoff import Uploader
 
@@ -87,6 +88,8 @@ def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path)
     """
     model = _read(student, config, folder)
     autocast = is_autocast(config.autocast, model.device)
+    if model.device.type == "cpu":
+        use_own_norms(model)
     _silence_dropout(model, checkpointing=config.gradient_checkpointing)
     if config.packing == "packed":
         result = _packed(model, config, autocast=autocast, where=f"student {str(folder)!r}")
@@ -168,6 +171,9 @@ def _read(student: StudentConfig, config: LearnerConfig, folder: Path) -> PreTra
             f"{where}: the weights lack {len(missing)} parameters that its config asks for, among them {missing[0]!r}; "
             "they would be random. Is the checkpoint complete?"
         )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"{where}: {name} holds numbers that are not finite; take another checkpoint of the model")
     return model
 
 

@@ -43,13 +43,16 @@ BENCHES = (
     Bench("pool"),
     Bench("tracing"),
     Bench("teacher_wire"),
+    Bench("losses"),
     Bench("generation", arguments=("--cpu-time",)),
     Bench("first_rollout"),
     Bench("memory"),
     Bench("trace"),
     Bench("report"),
     Bench("simulation"),
+    Bench("phases"),
     Bench("end_to_end"),
+    Bench("gpu_losses", is_quick=False, reports=False),
     Bench("main_job", is_quick=False),
 )
 

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.prompts import load_tokenizer
 from engine.run import main
@@ -61,6 +64,8 @@ def refuse(capfd: pytest.CaptureFixture[str]) -> Refuse:
         ("def recipe():\n    return 7\n", "recipe() returned int, expected a Recipe"),
         ("import sys\n\ndef recipe():\n    sys.exit()\n", "r.py:4: it called sys.exit(None)"),
         ("raise SystemExit(0)\n", "r.py:1: it called sys.exit(0)"),
+        ("def recipe():\n    raise KeyboardInterrupt\n", "r.py:2: KeyboardInterrupt"),
+        ("async def recipe():\n    pass\n", "recipe() is async"),
     ],
 )
 def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, message: str, refuse: Refuse) -> None:
@@ -72,6 +77,39 @@ def test_a_broken_recipe_file_is_named_with_its_line(tmp_path: Path, text: str, 
 
 def test_a_missing_recipe_file(tmp_path: Path, refuse: Refuse) -> None:
     assert "is not a file" in refuse(tmp_path / "none.py")
+    assert "cannot be read" in refuse(tmp_path / f"{'n' * 5000}.py")
+
+
+def test_what_a_recipe_prints_does_not_mix_with_the_document_on_stdout(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+print("loading")
+_plain = recipe
+
+def recipe():
+    print("making")
+    return _plain()
+"""
+
+    assert main([str(world.recipe(tmp_path / "r.py", more=text)), "--check", "--json"]) == 0
+
+    stdout, stderr = capfd.readouterr()
+    assert json.loads(stdout)["ok"]
+    assert "loading" in stderr
+    assert "making" in stderr
+
+
+def test_words_that_are_not_utf_8_are_refused(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+    path = tmp_path / "s.py"
+    path.write_text(recipe.read_text().replace(repr(str(world.prompts)), repr("\udcff.jsonl")))
+
+    for words in (["--out", "\udcff"], ["--set", "seed=\udcff"]):
+        with pytest.raises(SystemExit) as refused:
+            main([str(recipe), "--check", *words])
+        assert refused.value.code == 2
+    assert "is not UTF-8" in refuse(path, "--check")
 
 
 @pytest.mark.parametrize(
@@ -139,6 +177,15 @@ def recipe():
     ("assignment", "message"),
     [
         ("learner.lr=-1", "$.learner.lr"),
+        ("learner.lr=inf", "$.learner.lr"),
+        ("max_staleness=1000000000000", "$.max_staleness"),
+        ("rollouts_per_step=1000000000000", "$.rollouts_per_step"),
+        ("steps=99999999999999999999999", "$.steps"),
+        ("learner.num_threads=100000000000", "$.learner.num_threads"),
+        ("learner.autocast=yes", "expected one of 'auto', 'gpu', 'off'"),
+        ("data.too_long=x", "expected one of 'filter', 'refuse'"),
+        ("teacher.kind=nope", "expected one of 'http', 'local'"),
+        ("sampler.stop_ids=[384]", "sampler.stop_ids has 384, the student's ids are 0 to 383"),
         ("learner.lrr=1", "no field 'learner.lrr'"),
         ("nothing.at.all=1", "no section 'nothing'"),
         ("steps=many", "Expected `int`, got `str` - at `$.steps`"),
@@ -157,6 +204,7 @@ def recipe():
         ("evaluation.data.max_prompt_tokens=250", "sampler.max_new_tokens=8 = 258 tokens do not fit"),
         ("evaluation.scorer=..a:x", "cannot be loaded"),
         ("evaluation.scorer=nowhere:score", "cannot be loaded"),
+        ("evaluation.scorer=os:getcwd", "expected one that takes (prompt: str, answer: str)"),
         ("teacher.model=nowhere", "is not a folder"),
         ("node.host=0.0.0.0", "node.token_file is not set"),
     ],
@@ -260,6 +308,7 @@ def test_a_teacher_on_a_device_that_computes_nothing(world: World) -> None:
     [
         ("config.json", {"hidden_size": "x"}, "config.json cannot be used"),
         ("config.json", {"num_attention_heads": 0}, "config.json cannot be used"),
+        ("config.json", {"num_hidden_layers": 3}, "asks for 18 weights that the files lack"),
         ("config.json", {"hidden_size": 64}, "of shape [384, 64], the weights have [384, 32]"),
         ("config.json", "{}", "config.json cannot be used"),
         ("config.json", '{"model_type": "llama"}', "the weights have"),
@@ -290,6 +339,23 @@ def test_weights_that_were_cut_off(world: World, tmp_path: Path, num_bytes: int,
     text = refuse(world.recipe(tmp_path / "r.py"), "--check", "--set", f"student.path={folder}")
     assert "model.safetensors" in text
     assert "was cut off" in text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_weights_that_are_not_finite_are_named(world: World, tmp_path: Path, role: str) -> None:
+    folder = tmp_path / role
+    shutil.copytree(getattr(world, role), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    field = "student.path" if role == "student" else "teacher.model"
+
+    finished = run(
+        world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o"), "--set", f"{field}={folder}", expect=1
+    )
+
+    assert "not finite" in finished.stderr.splitlines()[-1]
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_missing_part_of_the_weights(world: World, tmp_path: Path, refuse: Refuse) -> None:
@@ -397,6 +463,30 @@ def test_corrupt_checkpoints_are_passed_over_and_refused_when_none_is_left(
         assert "none of the 2 checkpoints" in refuse(recipe, "--out", str(out), "--resume", *check)
 
 
+@pytest.mark.parametrize("damage", ["gone", "emptied"])
+def test_a_ledger_that_is_not_the_checkpoints_is_told_by_the_check(
+    world: World, tmp_path: Path, damage: str, refuse: Refuse
+) -> None:
+    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
+    run(recipe, "--out", str(out), "--json", "--set", "steps=2")
+    if damage == "gone":
+        (out / "ledger.sqlite").unlink()
+    else:
+        with closing(sqlite3.connect(out / "ledger.sqlite")) as ledger:
+            ledger.execute("DELETE FROM rollouts")
+            ledger.commit()
+
+    for check in ((), ("--check",)):
+        text = refuse(recipe, "--out", str(out), "--resume", *check)
+        assert ("the ledger is gone" if damage == "gone" else "the ledger holds 0 of the steps") in text
+
+
+def test_measurements_that_cannot_be_read_are_one_line(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "o" / "evaluations.jsonl").mkdir(parents=True)
+
+    assert "evaluations.jsonl: cannot be read" in refuse(world.recipe(tmp_path / "r.py"), "--out", str(tmp_path / "o"))
+
+
 def _flip_a_bit(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -426,6 +516,31 @@ def test_a_loss_that_is_not_a_number_stops_or_is_left_out(world: World, tmp_path
         assert saved[0].name in finished.stderr
 
 
+def test_an_empty_or_impossible_folder_is_refused(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    with pytest.raises(SystemExit) as refused:
+        main([str(recipe), "--check", "--out", ""])
+    assert refused.value.code == 2
+    for out in (tmp_path / ("n" * 300), tmp_path / "loop" / "o"):
+        assert "error: " in refuse(recipe, "--out", str(out))
+    assert "cannot be the run's folder" in refuse(recipe, "--set", f"name={'n' * 300}")
+
+
+def test_show_and_check_together_answer_both(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe(tmp_path / "r.py")
+
+    assert main([str(recipe), "--show", "--check"]) == 0
+    shown = capfd.readouterr().out
+    assert "[teacher_proxy]" in shown
+    assert "ok    student" in shown
+    assert main([str(recipe), "--show", "--check", "--json", "--set", "data.path=nowhere.jsonl"]) == 2
+    document = json.loads(capfd.readouterr().out)
+    assert document["recipe"]["name"] == "tiny"
+    assert not document["ok"]
+
+
 def test_show_and_check_start_nothing(world: World, tmp_path: Path) -> None:
     recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "o"
     shown = run(recipe, "--show").stdout
@@ -444,6 +559,9 @@ def test_rows_that_do_not_fit_are_refused_or_filtered(world: World, tmp_path: Pa
 
     assert "1 of 9 rows do not fit" in refuse(recipe, *arguments)
     assert "1 filtered" in run(recipe, *arguments, "--set", "data.too_long=filter").stdout
+    filtered = ("--set", f"data.path={path}", "--set", "data.num_rows=null", "--set", "data.too_long=filter")
+    stderr = run(recipe, "--out", str(tmp_path / "o"), *filtered, "--set", "steps=1").stderr
+    assert f"{path}: 1 rows do not fit and are left out, 8 remain" in stderr
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_run(world: World, tmp_path: Path, refuse: Refuse) -> None:

@@ -132,6 +132,7 @@ def test_a_second_signal_stops_at_once(world: World, tmp_path: Path) -> None:
         finished = finish(process)
 
     assert finished.code == 143
+    assert finished.stderr.endswith(f"stopped at once by SIGTERM; continue with --resume --out {out}\n")
 
 
 def test_after_its_grace_a_run_that_waits_for_its_teacher_ends(world: World, tmp_path: Path) -> None:

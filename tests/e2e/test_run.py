@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.e2e.runs import (
     ROOT,
@@ -68,3 +72,37 @@ def test_two_deterministic_runs_end_in_the_same_bits(world: World, tmp_path: Pat
         digests.append(weights_digest(tmp_path / name, 6))
 
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(("terminal", "is_live"), [("xterm-256color", True), ("dumb", False)])
+def test_a_terminal_shows_a_picture_and_one_that_cannot_move_its_cursor_lines(
+    world: World, tmp_path: Path, terminal: str, is_live: bool
+) -> None:
+    recipe, (ours, theirs) = world.recipe(tmp_path / "r.py"), os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.run", str(recipe), "--out", str(tmp_path / "o"), "--set", "steps=3"],
+        cwd=ROOT,
+        env={**environment(), "TERM": terminal, "COLUMNS": "100"},
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b"".join(_chunks(ours))
+    os.close(ours)
+
+    assert process.wait() == 0
+    assert (b"\x1b[?25l" in shown) == is_live  # the cursor is hidden
+    assert shown.count(b"\x1b[?25h") == int(is_live)  # and shown again
+    assert (b"step 1/3  loss" in shown) != is_live
+
+
+def _chunks(terminal: int) -> Iterator[bytes]:
+    """What is written to the terminal until its last writer is gone."""
+    while True:
+        try:
+            chunk = os.read(terminal, 1 << 16)
+        except OSError:  # how Linux says that
+            return
+        if not chunk:
+            return
+        yield chunk

@@ -115,7 +115,7 @@ def test_a_simulated_run_can_be_kept_and_simulated_from(tmp_path: Path) -> None:
         (("--set", "replay.optimizer_s=inf"), "Expected `float` <= 1000000000.0 - at `$.replay.optimizer_s`"),
         (("--set", "replay.length_min=9000"), "replay.length_min=9000 is more than replay.length_max=8192"),
         (("--set", "replay.nothing=1"), "no field 'replay.nothing' in this recipe"),
-        (("--simulate-from", "/nowhere"), "/nowhere/events.jsonl cannot be read"),
+        (("--simulate-from", "/nowhere"), "there is no folder /nowhere"),
         (("--resume",), "it does not go with --resume"),
         (("--check",), "it does not go with --check"),
     ],

@@ -56,6 +56,8 @@ def test_without_assignments_the_defaults_hold(path: Path) -> None:
         ("siez=large", r"'siez' is neither a parameter of recipe\(\) in .*, which are size, steps, .* nor a field"),
         ("learner.lrr=1", r"no field 'learner.lrr' in this recipe"),
         ("size", r"expected field=value"),
+        ("learner.autocast=yes", r"value 'yes' - at `\$\.learner\.autocast`; expected one of 'auto', 'gpu', 'off'"),
+        ("sinks.wandb.mode=x", r"`\$\.sinks\.wandb\.mode`; expected one of 'disabled', 'offline', 'online'"),
     ],
 )
 def test_a_wrong_assignment_says_what_is_right(path: Path, assignment: str, message: str) -> None:

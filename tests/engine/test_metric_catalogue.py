@@ -16,7 +16,7 @@ from engine.metric_catalogue import (
     StepMetric,
     undeclared,
 )
-from ops.block import METRICS as MEASURED_BY_OBJECTIVES
+from ops.solved import METRICS as MEASURED_BY_OBJECTIVES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "observability.md"
 COLUMNS = (*STEP_METRICS, *OBJECTIVE_METRICS, *EVALUATION_METRICS)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.metric_catalogue import METRICS
 from engine.metrics import NodeMetrics
-from engine.tracing import Event, Tracing, log, span
+from engine.tracing import Tracing, log, span
+from tests.support.log_lines import event, step_event
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,31 +21,6 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     sent_total: int = 0
     send_wait_s: float = 0.0
     receive_wait_s: float = 0.0
-
-
-def event(name: str, **fields: Any) -> Event:
-    return {"t": "2026-01-02T03:04:05.000000+00:00", "event": name, "level": "info", **fields}
-
-
-def step_event(step: int = 1, **fields: Any) -> Event:
-    facts = {
-        "step": step,
-        "version": step,
-        "loss": 0.5,
-        "grad_norm": 1.5,
-        "lr": 1e-4,
-        "num_rollouts": 2,
-        "num_tokens": 30,
-        "num_micro_batches": 1,
-        "skipped": False,
-        "staleness_max": 1,
-        "staleness_mean": 0.5,
-        "ages": [0, 1],
-        "outcome": "ok",
-        "dur_us": 40_000,
-        "kind": "span",
-    }
-    return event("learner.step", **{**facts, **fields})
 
 
 def values(metrics: NodeMetrics) -> dict[str, float]:

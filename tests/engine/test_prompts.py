@@ -208,6 +208,15 @@ def test_a_bad_parquet_row_is_named(
         load(write(tmp_path / "p.parquet", rows), tokenizer)
 
 
+def test_a_parquet_text_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "p.parquet", [{"prompt": "caf~"} for _ in range(3)])
+    # Snappy and a dictionary keep so short a text as it is; with statistics it is there more than once.
+    path.write_bytes(path.read_bytes().replace(b"caf~", b"caf\xe9"))
+
+    with pytest.raises(DataError, match=r"p.parquet: a text in rows 0 to 2 is not UTF-8"):
+        load(path, tokenizer)
+
+
 def test_a_broken_parquet_file_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write(tmp_path / "p.parquet", [{"prompt": "text " * 50 + str(n)} for n in range(2000)])
     whole = path.read_bytes()

@@ -10,34 +10,10 @@ import numpy as np
 
 from engine.metric_catalogue import STEP_METRICS
 from engine.step_log import StepLog
-from engine.tracing import Event, Tracing, log
+from engine.tracing import Tracing, log
+from tests.support.log_lines import event, step_event
 
 DECLARED = [metric.name for metric in STEP_METRICS]
-
-
-def event(name: str, **fields: Any) -> Event:
-    return {"t": "2026-01-02T03:04:05.000000+00:00", "event": name, "level": "info", **fields}
-
-
-def step_event(step: int = 1, **fields: Any) -> Event:
-    facts = {
-        "step": step,
-        "version": step,
-        "loss": 0.5,
-        "grad_norm": 1.5,
-        "lr": 1e-4,
-        "num_rollouts": 2,
-        "num_tokens": 30,
-        "num_micro_batches": 1,
-        "skipped": False,
-        "staleness_max": 1,
-        "staleness_mean": 0.5,
-        "ages": [0, 1],
-        "outcome": "ok",
-        "dur_us": 40_000,
-        "kind": "span",
-    }
-    return event("learner.step", **{**facts, **fields})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

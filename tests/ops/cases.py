@@ -8,14 +8,60 @@ from typing import Any, Literal
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops import ForwardKL, Objective, ReverseKL, TeacherScores
-
-OBJECTIVES: tuple[Objective, ...] = tuple(
-    kind(tail) for kind in (ForwardKL, ReverseKL) for tail in ("bucket", "renormalise", "ignore")
+from ops import (
+    JSD,
+    ForwardKL,
+    Mixture,
+    Objective,
+    ReverseKL,
+    SampledReverseKL,
+    SkewKL,
+    StudentTopKReverseKL,
+    TeacherScores,
 )
-DIVERGENCES = tuple(objective for objective in OBJECTIVES if objective.tail != "ignore")
+from ops.objectives import Plain, Tail
+
+TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "ignore")
+COMPARISONS: tuple[Plain, ...] = tuple(
+    objective
+    for tail in TAILS
+    for objective in (
+        ForwardKL(tail),
+        ReverseKL(tail),
+        JSD(0.5, tail),
+        JSD(0.3, tail),
+        SkewKL(0.1, tail=tail),
+        SkewKL(0.1, reverse=True, tail=tail),
+    )
+)
+"""Of the two models on S."""
+DIVERGENCES: tuple[Objective, ...] = (
+    *(objective for objective in COMPARISONS if objective.tail != "ignore"),
+    StudentTopKReverseKL(1),
+    StudentTopKReverseKL(3),
+    Mixture((0.5, ForwardKL()), (2.0, Mixture((0.3, ReverseKL("renormalise")), (1.0, StudentTopKReverseKL(2))))),
+)
+"""Never negative, and zero where the models agree."""
+PRIMITIVES: tuple[Objective, ...] = (
+    *(objective for objective in COMPARISONS if objective.tail == "ignore"),
+    *DIVERGENCES,
+    SampledReverseKL("k3"),
+    Mixture(
+        (0.5, JSD(0.3, "ignore")),
+        (0.25, SampledReverseKL("k3")),
+        (1.0, StudentTopKReverseKL(2)),
+        (2.0, StudentTopKReverseKL(1)),
+    ),
+)
+"""Whose gradient is that of their value."""
+OBJECTIVES: tuple[Objective, ...] = (
+    *PRIMITIVES,
+    SampledReverseKL("k1"),
+    Mixture((0.5, SampledReverseKL("k1")), (1.0, ForwardKL())),
+)
 
 Sampled = Literal["inside", "outside", "any", "none"]
 
@@ -31,9 +77,19 @@ class Case:
 
 
 def make_scores(
-    teacher: Tensor, top_k: int, *, sampled: Sampled = "any", num_padded: int = 0, seed: int = 0
+    teacher: Tensor,
+    top_k: int,
+    *,
+    student: Tensor | None = None,
+    sampled: Sampled = "any",
+    num_padded: int = 0,
+    seed: int = 0,
 ) -> TeacherScores:
-    """The scores that a teacher with these log-probabilities [T, V] gives; the last ``num_padded`` ids are −1."""
+    """The scores that a teacher with these log-probabilities [T, V] gives; the last ``num_padded`` ids are −1.
+
+    Args:
+        student: [T, V] logits of whom the (up to) three largest are scored as well, named for every other seed.
+    """
     random = torch.Generator().manual_seed(seed)
     num_rows, vocab_size = teacher.shape
     ranked = teacher.argsort(dim=1, descending=True)
@@ -47,11 +103,15 @@ def make_scores(
     if num_padded:
         top_ids[:, top_k - num_padded :] = -1
         top_logprobs[:, top_k - num_padded :] = 7.0  # never to be read
+    extra_ids = None if student is None else student.topk(min(3, vocab_size), dim=1).indices
+    missing = 0 if extra_ids is None else 3 - extra_ids.shape[1]
     return TeacherScores(
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         sampled_ids=torch.full((num_rows,), -1) if sampled == "none" else sampled_ids.squeeze(1),
         sampled_logprobs=teacher.gather(1, sampled_ids).squeeze(1),
+        extra_logprobs=None if extra_ids is None else pad(teacher.gather(1, extra_ids), (0, missing)),
+        extra_ids=None if extra_ids is None or seed % 2 else pad(extra_ids, (0, missing), value=-1),
     )
 
 
@@ -73,7 +133,7 @@ def make_case(
     if num_masked:
         logits[:, -num_masked:] = teacher[:, -num_masked:] = -torch.inf
     teacher = teacher.log_softmax(dim=1)
-    scores = make_scores(teacher, top_k, sampled=sampled, num_padded=num_padded, seed=seed)
+    scores = make_scores(teacher, top_k, student=logits, sampled=sampled, num_padded=num_padded, seed=seed)
     return Case(logits=logits, teacher=teacher, scores=scores)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from engine.errors import ModelError
+from engine.load_recipe import load_recipe
 from engine.recipe import with_overrides
 from recipes import smollm2
 from recipes.smollm2_models import (
@@ -49,6 +50,14 @@ def test_the_recipe_is_valid_and_trains_on_what_is_not_held_out() -> None:
 
     assert (recipe.data.first_row, recipe.data.num_rows) == (0, FIRST_HELD_OUT_ROW)
     assert (ROOT / recipe.data.path).samefile(PROMPTS)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 200])
+def test_the_recipe_takes_any_number_of_steps(steps: int) -> None:
+    found, _ = load_recipe(ROOT / "recipes/smollm2.py", [f"steps={steps}"])
+
+    assert found.steps == steps
+    assert found.learner.warmup_steps == min(3, steps)
 
 
 def test_a_student_is_its_teacher_without_the_dropped_layers(tmp_path: Path) -> None:

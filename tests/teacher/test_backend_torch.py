@@ -10,13 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from engine.errors import ModelError, NonFiniteError
-from teacher.backend_torch import ForwardHead, LinearHead, TorchBackend, top_k_by_id
+from teacher.backend_torch import ForwardHead, LinearHead, TorchBackend
 from teacher.fingerprint import fingerprint
 from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, score_request
 from tests.support.models import Arch, load, plain_logits, tiny_model, tiny_tokenizer
@@ -210,22 +208,6 @@ def test_a_batch_of_one_has_the_same_bits_whatever_was_scored_before(teacher_fol
 
     np.testing.assert_array_equal(again.top_logprobs, first.top_logprobs)
     np.testing.assert_array_equal(again.sampled_logprobs, first.sampled_logprobs)
-
-
-@given(
-    rows=st.integers(1, 3),
-    values=st.lists(st.integers(-2, 2), min_size=90, max_size=90),
-    k=st.integers(1, 90),
-)
-def test_equal_values_are_taken_and_ordered_by_id(rows: int, values: list[int], k: int) -> None:
-    # Five different values in 90 columns: ties everywhere, also more than the room that is kept for them.
-    values_RV = torch.tensor([values[n:] + values[:n] for n in range(rows)], dtype=torch.float32)
-
-    ids, top = top_k_by_id(values_RV, k)
-
-    expected = np.argsort(-values_RV.numpy(), axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(ids.numpy(), expected)
-    np.testing.assert_array_equal(top.numpy(), np.take_along_axis(values_RV.numpy(), expected, 1))
 
 
 def edit_weights(folder: Path, name: str, value: float, rows: slice = slice(None)) -> None:

@@ -217,6 +217,24 @@ async def test_a_body_that_does_not_arrive_is_given_up(start_rig: StartRig) -> N
         assert response.status == 408
 
 
+@pytest.mark.parametrize("head", [b"", b"POST /v1/score HTTP/1.1\r\nHost: x\r\nX: "])
+async def test_a_connection_that_never_asks_anything_is_closed(start_rig: StartRig, head: bytes) -> None:
+    rig = await start_rig(body_timeout_s=0.05)
+    host, port = rig.url.removeprefix("http://").split(":")
+    async with rig.http.get(rig.url + "/healthz") as response:
+        assert response.status == 200
+
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(head)
+
+    async with asyncio.timeout(10):
+        assert await reader.read() == b""
+    writer.close()
+    # One that has asked is kept.
+    async with rig.http.get(rig.url + "/healthz") as response:
+        assert response.status == 200
+
+
 async def test_unknown_paths_and_methods_are_refused(start_rig: StartRig) -> None:
     rig = await start_rig()
 

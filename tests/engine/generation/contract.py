@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -46,12 +47,18 @@ def request(
     top_p: float = 1.0,
     top_k: int = 0,
     stop_ids: tuple[int, ...] = (),
+    num_top_ids: int = 0,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=request_id,
         token_ids=tuple(prompt),
         params=SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_ids=stop_ids,
+            num_top_ids=num_top_ids,
         ),
         stream_key=stream_key("contract", request_id),
     )
@@ -148,6 +155,23 @@ class GeneratorContract:
         assert list(answer.token_ids) == logits_TV[len(asked.token_ids) - 1 : -1].argmax(-1).tolist()
         assert answer.sampling_logprobs == (0.0,) * len(answer.token_ids)
         check_against(subject, asked, answer)
+
+    async def test_the_most_likely_ids_are_kept_for_who_asks_for_them(self, subject: Subject) -> None:
+        generator = await subject.start()
+        asked = [request(0, num_top_ids=5), request(1), request(2, num_top_ids=1, temperature=0.6), request(3)]
+
+        answers = await asyncio.gather(*map(generator.generate, asked))
+
+        assert (answers[1].top_ids, answers[3].top_ids) == (b"", b"")
+        for one, answer in ((asked[0], answers[0]), (asked[2], answers[2])):
+            k, num_prompt = one.params.num_top_ids, len(one.token_ids)
+            ids_Tk = torch.tensor(np.frombuffer(answer.top_ids, dtype="<i4")).reshape(len(answer.token_ids), k)
+            logits_TV = plain_logits(subject.models[0], [*one.token_ids, *answer.token_ids])[num_prompt - 1 : -1]
+            assert all(len(set(row)) == k for row in ids_Tk.tolist())
+            # By value: which of two nearly equal logits is the larger is rounding's choice.
+            torch.testing.assert_close(
+                logits_TV.gather(1, ids_Tk.long()), logits_TV.topk(k, dim=1).values, rtol=0, atol=10 * subject.tolerance
+            )
 
     async def test_a_stop_id_ends_the_answer_and_is_part_of_it(self, subject: Subject) -> None:
         generator = await subject.start()

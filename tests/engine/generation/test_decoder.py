@@ -31,7 +31,7 @@ def loaded(models: list[Path]) -> DecodableModel:
 @pytest.fixture
 def decoder(loaded: DecodableModel) -> Iterator[Decoder]:
     with torch.inference_mode():
-        yield Decoder(loaded.model, num_slots=4, version=0)
+        yield Decoder(loaded, num_slots=4, version=0)
 
 
 def admit(decoder: Decoder, *asked: GenerationRequest) -> None:

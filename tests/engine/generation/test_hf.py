@@ -41,9 +41,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     }
 
 
-def make(folder: Path, *, num_slots: int = NUM_SLOTS, num_threads: int = 1) -> HFGenerator:
+def make(folder: Path, *, num_slots: int = NUM_SLOTS, num_threads: int = 1, device: str = "cpu") -> HFGenerator:
     return HFGenerator(
-        config=SamplerConfig(num_slots=num_slots, num_threads=num_threads), student=StudentConfig(path=str(folder))
+        config=SamplerConfig(num_slots=num_slots, num_threads=num_threads, device=device),
+        student=StudentConfig(path=str(folder)),
     )
 
 
@@ -63,8 +64,8 @@ class TestHF(GeneratorContract):
         arch, _, packed = request.param.partition(" ")
         if packed:
             # These models are too small for it to pay; what is packed must keep the contract all the same.
-            monkeypatch.setattr("engine.generation.packed._MIN_ELEMENTS", 0)
-            monkeypatch.setattr("engine.generation.packed._NUM_PLAIN_BLOCKS", 0)
+            monkeypatch.setattr("engine.packed_linear._MIN_ELEMENTS", 0)
+            monkeypatch.setattr("engine.packed_linear._NUM_PLAIN_BLOCKS", 0)
         started: list[HFGenerator] = []
 
         async def start() -> Generator:
@@ -77,6 +78,29 @@ class TestHF(GeneratorContract):
             start=start,
             num_slots=NUM_SLOTS,
             models=[load(folder) for folder in folders[arch]],
+            tolerance=1e-5,
+            max_positions=512,
+        )
+        for generator in started:
+            await generator.stop()
+
+
+@pytest.mark.gpu
+class TestHFOnGpu(GeneratorContract):
+    @pytest.fixture(params=["llama", "qwen3", "gpt2"])
+    async def subject(self, request: pytest.FixtureRequest, folders: dict[str, list[Path]]) -> AsyncIterator[Subject]:
+        started: list[HFGenerator] = []
+
+        async def start() -> Generator:
+            generator = make(folders[request.param][0], device="cuda")
+            started.append(generator)
+            await generator.start()
+            return generator
+
+        yield Subject(
+            start=start,
+            num_slots=NUM_SLOTS,
+            models=[load(folder) for folder in folders[request.param]],
             tolerance=1e-5,
             max_positions=512,
         )

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from engine import packed_linear as packed_module
 from engine.errors import ModelError
 from engine.generation import model as model_module
-from engine.generation import packed as packed_module
 from engine.generation.attention import use_slot_attention
 from engine.generation.model import DecodableModel, load_decodable
-from engine.generation.packed import PackedLinear, pack_linears, unpack_linears
+from engine.packed_linear import PackedLinear, pack_linears, unpack_linears
 from engine.recipe import StudentConfig
 from tests.support.models import Arch, load, plain_logits, tiny_model
 
@@ -78,15 +78,15 @@ def test_a_sliding_window_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_model_that_ignores_its_mask_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_model(tmp_path)
-    forward = LlamaForCausalLM.forward
+    tiny_model(tmp_path, arch="gpt2")
+    forward = GPT2LMHeadModel.forward
 
-    def maskless(self: LlamaForCausalLM, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def maskless(self: GPT2LMHeadModel, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
             attention_mask = torch.zeros_like(attention_mask)
         return forward(self, *args, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", maskless)
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", maskless)
 
     with pytest.raises(ModelError, match="differs from a plain forward pass"):
         take(tmp_path)
@@ -136,6 +136,17 @@ def test_the_first_blocks_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.M
     linears = pack_linears(load(tiny_model(tmp_path)), device=CPU)
 
     assert {name.partition(".layers.")[2][:1] for name in linears} == {"1", ""}
+
+
+def test_a_packed_output_layer_rounds_no_more_than_a_plain_one(tmp_path: Path) -> None:
+    model = load(tiny_model(tmp_path, hidden=576, layers=1, vocab=4096, tied=False)).requires_grad_(False)
+    rows = torch.randn(16, 576, generator=torch.Generator().manual_seed(0))
+    exact = rows.double() @ model.lm_head.weight.double().T
+    plain = float((model.lm_head(rows) - exact).square().mean().sqrt())
+
+    assert "lm_head" in pack_linears(model, device=CPU)
+
+    assert float((model.lm_head(rows) - exact).square().mean().sqrt()) < 1.1 * plain
 
 
 @pytest.mark.parametrize("max_terms", [24, 12, 7])

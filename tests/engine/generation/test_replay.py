@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.generation.blank import Repeated, blank_tokens
 from engine.generation.protocol import Aborted, Generation, GenerationRequest
-from engine.generation.replay import Repeated, ReplayGenerator, blank_tokens
+from engine.generation.replay import ReplayGenerator
 from engine.recipe import ReplayConfig, WeightsConfig
 from engine.types import SamplingParams
 from engine.virtual_time import VirtualClock, run_virtual

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.errors import ModelError, NonFiniteError
-from engine.recipe import ObjectiveConfig, StudentConfig
+from engine.recipe import ObjectiveConfig, StudentConfig, TermConfig
 from engine.training.hf import HFTrainer
 from engine.training.protocol import Trainer
 from engine.types import StepReport
@@ -84,16 +84,55 @@ def test_two_steps_are_those_of_a_plain_float64_script(model: Path, packing: str
     assert trainer.version == 2
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("tail", ["bucket", "renormalise", "ignore"])
-def test_every_objective_trains_as_it_is_defined(llama: Path, kind: Any, tail: Any) -> None:
-    objective = ObjectiveConfig(kind=kind, tail=tail)
-    trainer, plain = started(llama, objective=objective), PlainTrainer(llama, objective=objective)
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_two_steps_on_a_gpu_are_those_of_a_plain_float64_script(model: Path, packing: str) -> None:
+    trainer, plain = started(model, packing=packing, device="cuda", autocast="off"), PlainTrainer(model)
 
-    report = run_step(trainer, [make_step()])
-    loss, _ = plain.step(make_step())
-    assert report.loss == pytest.approx(loss, rel=2e-6)
+    for seed in range(2):
+        step = make_step(seed=seed)
+        report = run_step(trainer, [step[:3], step[3:]])
+        loss, grad_norm = plain.step(step)
+        assert report.loss == pytest.approx(loss, rel=2e-6)
+        assert report.grad_norm == pytest.approx(grad_norm, rel=1e-5)
+    found = {name: tensor.cpu() for name, tensor in weights(trainer).items()}
+    assert_same_weights(found, plain.weights(), tolerance=1e-6)
+
+
+TAILS: tuple[Any, ...] = ("bucket", "renormalise", "ignore")
+OBJECTIVES = {
+    **{f"forward KL, {tail}": ObjectiveConfig(kind="forward_kl", tail=tail) for tail in TAILS},
+    **{f"reverse KL, {tail}": ObjectiveConfig(kind="reverse_kl", tail=tail) for tail in TAILS},
+    **{f"JSD, {tail}": ObjectiveConfig(kind="jsd", beta=0.3, tail=tail) for tail in TAILS},
+    **{f"skew KL, {tail}": ObjectiveConfig(kind="skew_kl", tail=tail) for tail in TAILS},
+    "skew reverse KL": ObjectiveConfig(kind="skew_kl", alpha=0.4, reverse=True),
+    "student's top-k": ObjectiveConfig(kind="student_topk_reverse_kl", k=3),
+    "k1": ObjectiveConfig(kind="sampled_reverse_kl"),
+    "k3, clipped": ObjectiveConfig(kind="sampled_reverse_kl", estimator="k3", clip_ratio=1.5),
+    "mixture": ObjectiveConfig(
+        kind="mixture",
+        terms=(
+            TermConfig(kind="jsd", weight=0.5),
+            TermConfig(kind="student_topk_reverse_kl", k=3, weight=0.3),
+            TermConfig(kind="sampled_reverse_kl", clip_ratio=1.5, weight=0.2),
+        ),
+    ),
+    "tempered": ObjectiveConfig(kind="forward_kl", temperature=2.0),
+    "clamped": ObjectiveConfig(kind="forward_kl", clamp=3.0),
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 5, VOCAB])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_every_objective_trains_as_it_is_defined(llama: Path, objective: ObjectiveConfig, top_k: int) -> None:
+    trainer, plain = started(llama, objective=objective), PlainTrainer(llama, objective=objective)
+    step = make_step(top_k=top_k, num_top_ids=objective.num_top_ids)
+
+    report = run_step(trainer, [step[:4], step[4:]])
+    loss, _ = plain.step(step)
+    assert report.loss == pytest.approx(loss, rel=2e-6, abs=1e-7)
     assert_same_weights(weights(trainer), plain.weights(), tolerance=1e-6)
+    assert {"teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy"} <= set(report.metrics)
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +362,11 @@ def test_lists_of_different_length_train_together(llama: Path) -> None:
     run_step(together, [mixed])
     run_step(apart, [[item] for item in mixed])
     assert_same_weights(weights(together), weights(apart), tolerance=1e-6)
+
+
+def test_rollouts_that_keep_different_numbers_of_likely_ids_are_refused(llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep \[0, 3\] of the student's most likely ids .* told of \[0, 3\]"):
+        started(llama).accumulate([make_scored(), make_scored(rollout_id=1, num_top_ids=3)])
 
 
 def test_a_step_without_tokens_is_a_mistake(llama: Path) -> None:

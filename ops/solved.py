@@ -1,0 +1,98 @@
+"""What becomes of a block of rows: values, metrics, and whatever it takes to write the gradient."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("teacher_mass", "student_mass", "topk_overlap", "teacher_entropy", "student_entropy", "student_logprob")
+
+
+@dataclass(frozen=True, eq=False)
+class Solved(ABC):
+    """B rows: a few numbers for each, from which the gradient can be written when the logits are at hand."""
+
+    values: Tensor
+    """[B] nats, working dtype or float64."""
+    metrics: dict[str, Tensor]
+    """[B] for each of ``METRICS``, likewise; see ``ops.divergence.Divergence``."""
+
+    @abstractmethod
+    def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
+        """``out`` [B, W], which may be the same storage as ``logits``, gets the gradient of Σ scale · values.
+
+        Args:
+            logits: [B, W] the rows as they were.
+            scale: [B]; None: 1.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """An objective on the few columns of B rows; all of one dtype, the working one or float64."""
+
+    values: Tensor
+    """[B] nats."""
+    metrics: dict[str, Tensor]
+    """[B] for each of ``METRICS``."""
+    tail_shift: Tensor
+    tail_scale: Tensor
+    support_gradient: Tensor
+    """What ``ops.rows.RowKernel.expand`` makes the gradient of."""
+
+
+class Problem(ABC):
+    """An objective, a teacher's view of T rows, and all that is asked besides."""
+
+    def __init__(self, *, num_columns: int) -> None:
+        self.num_columns = num_columns
+        """Of a row of this rank's logits, those that exist."""
+
+    @abstractmethod
+    def solve(self, logits: Tensor, start: int, end: int) -> Solved:
+        """Rows [start, end), whose logits [B, W] are given. Every rank of a group must solve the same rows."""
+
+
+class Columns:
+    """Collects [B] results of the blocks into [T] tensors."""
+
+    def __init__(self, num_rows: int, like: Tensor) -> None:
+        dtype = working_dtype(like)
+        self.values = torch.empty(num_rows, dtype=dtype, device=like.device)
+        self.metrics = {name: torch.empty_like(self.values) for name in METRICS}
+
+    @classmethod
+    def of(cls, solved: Solved, like: Tensor) -> Columns:
+        """Of one block that is all rows: nothing to collect."""
+        columns, dtype = cls(0, like), working_dtype(like)
+        columns.values = solved.values.to(dtype)
+        columns.metrics = {name: solved.metrics[name].to(dtype) for name in METRICS}
+        return columns
+
+    def put(self, start: int, end: int, solved: Solved) -> None:
+        self.values[start:end] = solved.values
+        for name, metric in solved.metrics.items():
+            self.metrics[name][start:end] = metric
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 from 8 or 11 significant bits up: too few to sum a vocabulary."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    """[start, end) of ceil(T / block_rows) blocks of nearly equal size: a short last block runs at half the speed."""
+    if num_rows == 0:
+        return
+    num_blocks = -(-num_rows // block_rows)
+    for i in range(num_blocks):
+        yield num_rows * i // num_blocks, num_rows * (i + 1) // num_blocks
+
+
+def largest_block(num_rows: int, block_rows: int) -> int:
+    """Rows of the largest of ``blocks``."""
+    return -(-num_rows // max(1, -(-num_rows // block_rows)))
