@@ -309,7 +309,12 @@ def _generator(recipe: Recipe) -> Generator:
     if recipe.sampler.backend == "vllm":
         from engine.generation.vllm import VllmGenerator
 
-        return VllmGenerator(config=recipe.sampler, student=recipe.student, max_length=longest(recipe))
+        return VllmGenerator(
+            config=recipe.sampler,
+            student=recipe.student,
+            max_length=longest(recipe),
+            weights_device=recipe.learner.device,
+        )
     from engine.generation.hf import HFGenerator
 
     return HFGenerator(config=recipe.sampler, student=recipe.student)

@@ -304,8 +304,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     """bf16 matrix products in training passes, with float32 weights, gradients and sums: "gpu" on GPUs that have them
     in hardware, "auto" on such CPUs too. Held-out measurements are made without."""
     gradient_checkpointing: bool = False
-    block_rows: Positive = 256
-    """Full-vocabulary rows held at a time by the loss."""
+    block_rows: Positive | None = None
+    """Full-vocabulary rows held at a time by the loss. None: 256 on CPU; on a GPU at most 640 MiB of logits."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
     on."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.dense import Dense
+from ops.kernels import dense_for
 from ops.listed import Listed
 from ops.objectives import Objective
 from ops.scores import TeacherScores
@@ -119,6 +119,7 @@ def divergence(
         conditions,
         num_rows=logits.shape[0],
         width=logits.shape[-1],
+        dtype=logits.dtype,
         device=logits.device,
         tp_group=tp_group,
         vocab_size=vocab_size,
@@ -137,6 +138,7 @@ def pose(
     *,
     num_rows: int,
     width: int,
+    dtype: torch.dtype,
     device: torch.device,
     tp_group: Any,
     vocab_size: int | None,
@@ -160,7 +162,7 @@ def pose(
     )
     if isinstance(scores, TeacherScores):
         return Listed(objective, scores, shard, conditions)
-    return Dense(objective, scores, shard, conditions, block_rows=block_rows)
+    return dense_for(objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows)
 
 
 def check_block_rows(block_rows: int) -> None:
@@ -192,10 +194,9 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool) -> tuple[Tensor, ...]:
         rows = logits if has_contiguous_rows(logits) else logits.contiguous()
-        out = Columns(len(rows), rows)
         with torch.autocast(rows.device.type, enabled=False):  # the dtypes here are chosen, not guessed
             solved = problem.solve(rows, 0, len(rows))
-        out.put(0, len(rows), solved)
+        out = Columns.of(solved, rows)
         ctx.solved, ctx.inplace = solved, inplace
         ctx.save_for_backward(rows)
         ctx.mark_non_differentiable(*out.metrics.values())

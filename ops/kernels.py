@@ -1,22 +1,32 @@
-"""Which kernel does the work on whole rows: decided by device, here and nowhere else."""
+"""Which kernels do the work: decided by device, here and nowhere else. Triton's on CUDA, where there is triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ops.dense import Dense
 from ops.native_rows import native_rows
-from ops.rows import RowKernel
+from ops.objectives import Objective
+from ops.rows import Reduced, RowKernel
+from ops.scores import Support, TeacherScores, support_of
+from ops.shards import Shard
+from ops.solve import Conditions
+from ops.solved import Problem, Solution
 from ops.torch_rows import TorchRows
+
+Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], Solution]
+"""From what a kernel has reduced logits [B, W] to."""
 
 
 def kernel_for(device: torch.device) -> RowKernel:
-    """A kernel for one call: on CUDA Triton's where there is triton, on CPU the compiled one where it can be built, and
-    plain torch elsewhere."""
-    if device.type == "cuda" and _has_triton():
+    """A kernel for one call: on CPU the compiled one where it can be built, else plain torch."""
+    if has_triton(device):
         from ops.triton_rows import TritonRows
 
         kernel: RowKernel = TritonRows()
@@ -25,20 +35,48 @@ def kernel_for(device: torch.device) -> RowKernel:
     return TorchRows() if native is None else native
 
 
-_FEW = 1024
-"""Numbers of a row beyond which sorting them is faster than comparing each with each."""
+def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
+    """``ops.scores.support_of``, in few launches where launches count."""
+    if has_triton(scores.top_ids.device):
+        from ops.triton_solve import support_by_triton
+
+        return support_by_triton(scores, vocab_size=vocab_size)
+    return support_of(scores, vocab_size=vocab_size)
 
 
-def count_larger(numbers: Tensor, bounds: Tensor) -> Tensor:
-    """[B, C] int64: of the numbers [B, N], those larger than each of the bounds [B, C], which are of the same dtype."""
-    if numbers.device.type == "cpu" and numbers.dtype == torch.float32 and numbers.shape[1] <= _FEW:
-        native = native_rows()
-        if native is not None:
-            return native.count_larger(numbers, bounds)
-    ascending = numbers.sort(dim=1).values
-    return ascending.shape[1] - torch.searchsorted(ascending, bounds, right=True)
+def solver_for(objective: Objective, shard: Shard, device: torch.device) -> Solver | None:
+    """Who solves the objective in one launch; None: nobody, use the shared algebra."""
+    if shard.group is None and has_triton(device):
+        from ops.triton_objectives import has_formula
+        from ops.triton_solve import solve_by_triton
+
+        return solve_by_triton if has_formula(objective) else None
+    return None
+
+
+def dense_for(
+    objective: Objective,
+    teacher: Tensor,
+    shard: Shard,
+    conditions: Conditions,
+    *,
+    student_dtype: torch.dtype,
+    block_rows: int,
+) -> Problem:
+    """The problem that a teacher's logits pose, [T, W] of this rank."""
+    if shard.group is None and student_dtype != torch.float64 != teacher.dtype and has_triton(teacher.device):
+        from ops.triton_dense import TritonDense
+        from ops.triton_objectives import has_formula
+
+        if has_formula(objective):
+            return TritonDense(objective, teacher, shard, conditions)
+    return Dense(objective, teacher, shard, conditions, block_rows=block_rows)
+
+
+def has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and _is_installed()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ops.coarse import coarsen, entropy, finite, merge, student
-from ops.kernels import kernel_for
+from ops.kernels import kernel_for, solver_for, support_for
 from ops.objectives import Objective
-from ops.rows import RowKernel, no_columns
-from ops.scores import Support, TeacherScores, check_ids, support_of
+from ops.rows import Reduced, RowKernel, no_columns
+from ops.scores import Support, TeacherScores, check_ids
 from ops.shards import Shard, Whole, combine
 from ops.solve import Conditions, solve, wants_student_ids
-from ops.solved import Problem, Solved, working_dtype
+from ops.solved import Problem, Solution, Solved, working_dtype
 
 
 class Listed(Problem):
@@ -23,8 +23,9 @@ class Listed(Problem):
     def __init__(self, objective: Objective, scores: TeacherScores, shard: Shard, conditions: Conditions) -> None:
         super().__init__(num_columns=shard.num_columns)
         self._objective, self._shard, self._conditions = objective, shard, conditions
-        self._support = support_of(scores, vocab_size=shard.vocab_size)
+        self._support = support_for(scores, vocab_size=shard.vocab_size)
         self._kernel = kernel_for(scores.top_ids.device)
+        self._solver = solver_for(objective, shard, scores.top_ids.device)
         self._num_student = wants_student_ids(objective)
         self._extra_logprobs = scores.extra_logprobs
         if self._num_student and scores.extra_ids is not None:
@@ -40,21 +41,36 @@ class Listed(Problem):
         if self._num_student and support.student_places is None:
             support = self._with_student_ids(support, logits, start, end)
         local_ids = shard.local(support.ids)
-        sampled = shard.local(support.sampled_ids)
-        sampled_logits = _column(logits, sampled)
         if shard.num_columns:
             reduced = kernel.reduce(logits, local_ids, num_columns=shard.num_columns, k=support.num_top)
         else:
             reduced = no_columns(local_ids, k=support.num_top, dtype=working_dtype(logits))
-        whole = combine(shard, reduced, support.ids, local_ids, sampled_logits)
-        log_q, lse = student(whole.support_logits, whole.tail_lse)
-        values, gradient = solve(self._objective, log_q, support, self._conditions.rows(start, end))
+        conditions = self._conditions.rows(start, end)
+        if self._solver is not None and logits.dtype != torch.float64:
+            solution = self._solver(self._objective, reduced, logits, support, conditions)
+        else:
+            solution = self._solve_reduced(reduced, logits, support, local_ids, conditions)
         return Rows(
-            values=values,
-            metrics=_metrics(whole, log_q, lse, support),
+            values=solution.values,
+            metrics=solution.metrics,
             kernel=kernel,
             local_ids=local_ids,
             num_columns=shard.num_columns,
+            tail_shift=solution.tail_shift,
+            tail_scale=solution.tail_scale,
+            support_gradient=solution.support_gradient,
+        )
+
+    def _solve_reduced(
+        self, reduced: Reduced, logits: Tensor, support: Support, local_ids: Tensor, conditions: Conditions
+    ) -> Solution:
+        sampled_logits = _column(logits, self._shard.local(support.sampled_ids))
+        whole = combine(self._shard, reduced, support.ids, local_ids, sampled_logits)
+        log_q, lse = student(whole.support_logits, whole.tail_lse)
+        values, gradient = solve(self._objective, log_q, support, conditions)
+        return Solution(
+            values=values,
+            metrics=_metrics(whole, log_q, lse, support),
             tail_shift=whole.tail_shift,
             tail_scale=gradient[:, -1] / whole.tail_sum.masked_fill(whole.tail_sum == 0.0, 1.0),
             support_gradient=gradient[:, :-1],

@@ -98,7 +98,7 @@ class NativeRows:
         _on_threads(work, num_rows, num_columns)
 
     def count_larger(self, numbers: Tensor, bounds: Tensor) -> Tensor:
-        """As ``ops.kernels.count_larger``, of float32: every one with every one, which for few beats sorting."""
+        """As ``ops.counting.count_larger``, of float32: every one with every one, which for few beats sorting."""
         numbers, bounds = numbers.contiguous(), bounds.contiguous()
         counts = torch.empty(bounds.shape, dtype=torch.int64)
         self._library.count_larger(

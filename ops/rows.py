@@ -4,7 +4,7 @@
 
 An objective sees V logits as the C logits of its support and the log-sum-exp of the tail (``ops.coarse``). So a kernel
 reads the rows once to *reduce* them to that, and once more to *expand* the gradient of those few numbers into the
-gradient of all logits. What lies in between is [B, C] and shared by all kernels.
+gradient of all logits. What lies in between is [B, C]: ``ops.solve`` defines it for all kernels.
 """
 
 from __future__ import annotations

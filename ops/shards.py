@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ops.kernels import count_larger
+from ops.counting import count_larger
 from ops.rows import Reduced
 
 

@@ -17,9 +17,9 @@ class Solved(ABC):
     """B rows: a few numbers for each, from which the gradient can be written when the logits are at hand."""
 
     values: Tensor
-    """[B] float64 nats."""
+    """[B] nats, working dtype or float64."""
     metrics: dict[str, Tensor]
-    """[B] float64 for each of ``METRICS``; see ``ops.divergence.Divergence``."""
+    """[B] for each of ``METRICS``, likewise; see ``ops.divergence.Divergence``."""
 
     @abstractmethod
     def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
@@ -29,6 +29,20 @@ class Solved(ABC):
             logits: [B, W] the rows as they were.
             scale: [B]; None: 1.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """An objective on the few columns of B rows; all of one dtype, the working one or float64."""
+
+    values: Tensor
+    """[B] nats."""
+    metrics: dict[str, Tensor]
+    """[B] for each of ``METRICS``."""
+    tail_shift: Tensor
+    tail_scale: Tensor
+    support_gradient: Tensor
+    """What ``ops.rows.RowKernel.expand`` makes the gradient of."""
 
 
 class Problem(ABC):
@@ -50,6 +64,14 @@ class Columns:
         dtype = working_dtype(like)
         self.values = torch.empty(num_rows, dtype=dtype, device=like.device)
         self.metrics = {name: torch.empty_like(self.values) for name in METRICS}
+
+    @classmethod
+    def of(cls, solved: Solved, like: Tensor) -> Columns:
+        """Of one block that is all rows: nothing to collect."""
+        columns, dtype = cls(0, like), working_dtype(like)
+        columns.values = solved.values.to(dtype)
+        columns.metrics = {name: solved.metrics[name].to(dtype) for name in METRICS}
+        return columns
 
     def put(self, start: int, end: int, solved: Solved) -> None:
         self.values[start:end] = solved.values

@@ -111,6 +111,30 @@ def reduce_tail(
 
 
 @triton.jit
+def merge_splits(
+    split_max,
+    split_sum,
+    tail_max,
+    tail_sum,
+    num_rows,
+    num_splits,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Some rows: what ``reduce_tail`` found in their splits [B, num_splits], of the whole row [B]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS)
+    exists = (row < num_rows)[:, None] & (split < num_splits)[None, :]
+    at = row[:, None] * num_splits + split[None, :]
+    peak = tl.load(split_max + at, mask=exists, other=float("-inf"))
+    total = tl.load(split_sum + at, mask=exists, other=0.0)
+    highest = tl.max(peak, axis=1)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    tl.store(tail_max + row, highest, mask=row < num_rows)
+    tl.store(tail_sum + row, tl.sum(total * _exp(peak - shift[:, None]), axis=1), mask=row < num_rows)
+
+
+@triton.jit
 def _load(logits, start, column, width):
     """A tile. Masked by the width, often a multiple of 16 and then known as such, so that 16 bytes are loaded at once;
     the number of columns that exist may be any."""

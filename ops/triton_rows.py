@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.rows import Reduced
 from ops.torch_rows import TorchRows
-from ops.triton_kernels import expand_row, largest_of_tail, prepare_support, reduce_tail
+from ops.triton_kernels import expand_row, largest_of_tail, merge_splits, prepare_support, reduce_tail
 
 _MIN_LANES = 16
 
@@ -33,12 +33,15 @@ class Shape:
     """Load the next tile before working on this one (reduce only)."""
 
 
-REDUCE = Shape(block=4096, num_warps=8, ahead=True)
-EXPAND = Shape(block=4096, num_warps=8)
-PROGRAMS_PER_PROCESSOR = 16
+REDUCE = Shape(block=1024, num_warps=1)
+EXPAND = Shape(block=8192, num_warps=16, stages=3)
+PROGRAMS_PER_PROCESSOR = 512
 """Rows are split until each multiprocessor has so many programs."""
-CANDIDATES_PER_THREAD = 16
+CANDIDATES_PER_THREAD = 32
 """Of the search for the k largest."""
+SEARCH_REGISTERS: int | None = 128
+"""Of a thread in that search, which waits for its own sums most of the time: with fewer registers more rows run at a
+time. None: as many as the compiler likes, 164."""
 
 
 class TritonRows:
@@ -51,9 +54,11 @@ class TritonRows:
         expand: Shape = EXPAND,
         programs_per_processor: int = PROGRAMS_PER_PROCESSOR,
         candidates_per_thread: int = CANDIDATES_PER_THREAD,
+        search_registers: int | None = SEARCH_REGISTERS,
     ) -> None:
         self._reduce, self._expand = reduce, expand
         self._programs_per_processor, self._candidates_per_thread = programs_per_processor, candidates_per_thread
+        self._search_registers = search_registers
         self._torch = TorchRows()
 
     def reduce(self, logits: Tensor, ids: Tensor, *, num_columns: int, k: int) -> Reduced:
@@ -185,24 +190,34 @@ class TritonRows:
             CHUNK=chunk,
             K=padded_k,
             num_warps=_warps(max(padded_k * chunk, padded_chunks), per_thread=self._candidates_per_thread),
+            maxnreg=self._search_registers,
         )
         return largest
 
     def _splits(self, num_rows: int, num_columns: int, block: int, device: torch.device) -> tuple[int, int]:
-        """Into how many programs a row is split, and how many tiles each of them gets."""
-        num_blocks = max(1, triton.cdiv(num_columns, block))
-        wanted = triton.cdiv(self._programs_per_processor * _num_processors(device), max(1, num_rows))
-        blocks_per_split = triton.cdiv(num_blocks, min(wanted, num_blocks))
-        return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
+        return splits(num_rows, num_columns, block, self._programs_per_processor * num_processors(device))
+
+
+def splits(num_rows: int, num_columns: int, block: int, num_programs: int) -> tuple[int, int]:
+    """Into how many programs a row is split to make so many in all, and how many tiles each of them gets."""
+    num_blocks = max(1, triton.cdiv(num_columns, block))
+    wanted = triton.cdiv(num_programs, max(1, num_rows))
+    blocks_per_split = triton.cdiv(num_blocks, min(wanted, num_blocks))
+    return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
 
 
 def _merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """[B, splits] to [B]."""
-    if maxima.shape[1] == 1:
-        return maxima.squeeze(1), sums.squeeze(1)
-    tail_max = maxima.amax(dim=1)
-    shift = tail_max.masked_fill(tail_max == -torch.inf, 0.0)
-    return tail_max, (sums * (maxima - shift.unsqueeze(1)).exp()).sum(dim=1)
+    num_rows, num_splits = maxima.shape
+    if num_splits == 1 or num_rows == 0:
+        return maxima[:, 0], sums[:, 0]
+    tail_max, tail_sum = maxima.new_empty((2, num_rows))
+    padded = _power_of_two(num_splits)
+    rows = max(1, 512 // padded)
+    merge_splits[(triton.cdiv(num_rows, rows),)](
+        maxima, sums, tail_max, tail_sum, num_rows, num_splits, ROWS=rows, SPLITS=padded, num_warps=1
+    )
+    return tail_max, tail_sum
 
 
 def _chunk(num_columns: int, k: int) -> int:
@@ -224,7 +239,7 @@ def _power_of_two(count: int) -> int:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -66,6 +66,15 @@ class Sampler(Actor):
         lost, self._held = list(self._held.values()), {}
         for prompt in lost:
             self._schedule.requeued(prompt, "sampler restarted")
+        # Watched all the time: with nothing to sample, nobody but a weight update would meet a dead engine, and the
+        # syncer waits for this actor to start it again.
+        await first_of(self._sample(lost), self._generator.watch())
+        self._rollouts.close()
+
+    async def stop(self) -> None:
+        await self._generator.stop()
+
+    async def _sample(self, lost: list[Prompt]) -> None:
         if self._waves:
             await self._run_waves(lost)
         else:
@@ -77,10 +86,6 @@ class Sampler(Actor):
                 again=lost,
                 until=self._schedule.wait_finished,
             )
-        self._rollouts.close()
-
-    async def stop(self) -> None:
-        await self._generator.stop()
 
     async def _run_waves(self, wave: list[Prompt]) -> None:
         async def answer_waves() -> None:

@@ -152,6 +152,12 @@ class HFGenerator:
             paused_s=counts.paused_s,
         )
 
+    async def watch(self) -> None:
+        self._check_alive()
+        assert self._exited is not None
+        await asyncio.shield(self._exited)
+        raise self._died()
+
     async def stop(self) -> None:
         """As the protocol says. A weight update under way ends with GeneratorDied."""
         thread, copier, exited = self._thread, self._copier, self._exited

@@ -127,6 +127,14 @@ class Generator(Protocol):
 
     def statistics(self) -> GeneratorStatistics: ...
 
+    async def watch(self) -> None:
+        """Never return. Whoever can start the engine again watches it, since an engine without requests dies unseen.
+
+        Raises:
+            GeneratorDied: the engine is gone.
+        """
+        ...
+
     async def stop(self) -> None:
         """Give up what is open (``Aborted``) and free the model. Idempotent."""
         ...

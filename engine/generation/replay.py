@@ -108,6 +108,9 @@ class ReplayGenerator:
             paused_s=sum(sampler.paused_until_now() for sampler in self._samplers) / len(self._samplers),
         )
 
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
     async def stop(self) -> None:
         for request in list(self._open.values()):
             self.abort(request.request_id)

@@ -1,20 +1,15 @@
-"""Memory that another process of this user can map, and a policy version laid out in it.
-
-The memory has no name in any file system: the kernel frees it when the last process that uses it is gone, however it
-went, so nothing can be left behind; and a small ``/dev/shm``, as containers have it, does not limit it. Linux only.
-"""
+"""A policy version laid out in memory that an engine process maps, with all that is needed to find its tensors."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import torch
-from torch import Tensor
 
 from engine.generation.checkpoint_names import CheckpointPart, checkpoint_parts
 from engine.generation.protocol import Bucket
+from engine.generation.shareable import Address, Memory
 from engine.generation.staging import written
 from engine.generation.version import Arrival, TensorGroup
 
@@ -25,8 +20,8 @@ _ALIGN = 64
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
     """Where the tensors of a version lie; lists of equal length, names as in a checkpoint."""
 
-    path: str
-    """Of the memory, for a process of this user on this machine; valid until the segment is packed again or closed."""
+    address: Address
+    """For one mapping; valid until the segment is packed again or closed."""
     num_bytes: int
     names: list[str]
     dtypes: list[str]
@@ -35,11 +30,10 @@ class Packed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Segment:
-    """One version at a time, in memory that is taken as it is filled."""
+    """One version at a time."""
 
-    def __init__(self) -> None:
-        self._file: int | None = None
-        self._memory: Tensor | None = None
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
 
     def pack(
         self,
@@ -61,10 +55,11 @@ class Segment:
 
         Raises:
             ValueError: a name or shape that the model does not have, parameters that are missing, or elements that are
-                wider than 8 bytes.
+                wider than the memory has room for.
             WeightsMismatch: what came has another digest.
         """
-        memory = self._open(groups)
+        num_bytes_each = self._memory.bytes_per_element
+        memory = self._memory.take(sum(group.shape.numel() * num_bytes_each + _ALIGN for group in groups))
         arrival = Arrival(groups, digest=digest)
         parts: list[tuple[CheckpointPart, torch.dtype, int]] = []
         end = 0
@@ -81,9 +76,11 @@ class Segment:
                 for part in checkpoint_parts(name, tuple(tensor.shape)):
                     parts.append((part, tensor.dtype, end + part.first_element * tensor.element_size()))
                 end += -(-num_bytes // _ALIGN) * _ALIGN
+            # The sender may overwrite the bucket as soon as it is asked for the next one.
+            self._memory.settle()
         arrival.complete()
         return Packed(
-            path=self._path,
+            address=self._memory.address(),
             num_bytes=end,
             names=[part.name for part, _, _ in parts],
             dtypes=[str(dtype).removeprefix("torch.") for _, dtype, _ in parts],
@@ -93,20 +90,4 @@ class Segment:
 
     def close(self) -> None:
         """Give the memory back as soon as nobody else maps it. Idempotent."""
-        self._memory = None
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _open(self, groups: Sequence[TensorGroup]) -> Tensor:
-        if self._memory is None:
-            # Room for any dtype: pages that are not written take no memory.
-            size = sum(group.shape.numel() * 8 + _ALIGN for group in groups)
-            self._file = os.memfd_create("weights", os.MFD_CLOEXEC)
-            os.ftruncate(self._file, size)
-            self._memory = torch.from_file(self._path, shared=True, size=size, dtype=torch.uint8)
-        return self._memory
-
-    @property
-    def _path(self) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._file}"
+        self._memory.close()

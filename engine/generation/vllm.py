@@ -18,10 +18,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from engine.errors import GeneratorDied
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.generation.requests import check_requests, settled
 from engine.generation.segment import Packed, Segment
+from engine.generation.shareable import CudaMemory, HostMemory
 from engine.generation.version import TensorGroup
 from engine.generation.vllm_engine import StepCounts, VllmEngine
 from engine.generation.vllm_model import tensor_groups_of
@@ -29,7 +32,8 @@ from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
 from engine.types import VersionSpan
 
 _NUM_SEGMENTS = 2
-"""One is loaded, or waits for running answers to end, while the next version is packed into the other."""
+"""In this machine's memory: one is loaded, or waits for running answers to end, while the next version is packed into
+the other. On a GPU, where memory is dear and packing takes milliseconds, there is one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +79,15 @@ class _Life:
     all_segments: list[Segment] = field(default_factory=list)
     switches: list[_Switch] = field(default_factory=list)
     death: BaseException | None = None
+    died: asyncio.Event = field(default_factory=asyncio.Event)
+    watch: asyncio.Task[None] | None = None
+
+    def add_segments(self, gpu: torch.device | None) -> None:
+        """On ``gpu``, or in this machine's memory."""
+        for _ in range(_NUM_SEGMENTS if gpu is None else 1):
+            segment = Segment(HostMemory() if gpu is None else CudaMemory(gpu))
+            self.all_segments.append(segment)
+            self.segments.put_nowait(segment)
 
 
 class VllmGenerator:
@@ -84,15 +97,23 @@ class VllmGenerator:
         config: slots, device, dtype, threads, and the engine's own settings.
         student: the folder that ``start`` loads.
         max_length: tokens of prompt and answer together; None: the student's positions.
+        weights_device: where the weights that are sent lie. On the one GPU of the engine they stay there.
         version: the policy version that this folder holds.
     """
 
     def __init__(
-        self, *, config: SamplerConfig, student: StudentConfig, max_length: int | None = None, version: int = 0
+        self,
+        *,
+        config: SamplerConfig,
+        student: StudentConfig,
+        max_length: int | None = None,
+        weights_device: str = "cpu",
+        version: int = 0,
     ) -> None:
         self._config = config
         self._student = student
         self._max_length = config.vllm.max_length or max_length
+        self._weights_device = torch.device(weights_device)
         self._first_version = version
         self._version = version
         self._num_slots = config.num_slots * config.vllm.data_parallel
@@ -126,9 +147,10 @@ class VllmGenerator:
         self._is_held = False
         self._starting = asyncio.create_task(self._begin_life(), name="start vLLM")
         try:
-            self._life = await self._starting
+            self._life = life = await self._starting
         finally:
             self._starting = None
+        life.watch = asyncio.create_task(self._watch(life), name="watch vLLM")
 
     async def generate(
         self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None
@@ -218,6 +240,11 @@ class VllmGenerator:
             paused_s=self._counts.paused_s,
         )
 
+    async def watch(self) -> None:
+        life = self._alive()
+        await life.died.wait()
+        raise self._dead(life)
+
     async def stop(self) -> None:
         """As the protocol says. A weight update under way ends with GeneratorDied."""
         if self._starting is not None:
@@ -228,7 +255,11 @@ class VllmGenerator:
             return
         for entry in list(self._open.values()):
             self._give_up(entry, Aborted(f"request {entry.request.request_id} was given up: the generator stops"))
-        tasks = [entry.task for entry in self._open.values() if entry.task is not None]
+        tasks: list[asyncio.Task[Any]] = [entry.task for entry in self._open.values() if entry.task is not None]
+        life.died.set()
+        if life.watch is not None:
+            life.watch.cancel()
+            tasks.append(life.watch)
         if tasks:
             await asyncio.wait(tasks)
         await life.engine.stop()
@@ -422,11 +453,14 @@ class VllmGenerator:
             on_step=self._on_step,
         )
         life = _Life(engine, groups, ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights"))
-        for _ in range(_NUM_SEGMENTS):
-            segment = Segment()
-            life.all_segments.append(segment)
-            life.segments.put_nowait(segment)
+        life.add_segments(self._weights_device if share_gpu(self._config, self._weights_device) else None)
         return life
+
+    async def _watch(self, life: _Life) -> None:
+        try:
+            await life.engine.watch()
+        except GeneratorDied as error:
+            self._die(life, error)
 
     def _alive(self) -> _Life:
         if self._life is None:
@@ -445,7 +479,7 @@ class VllmGenerator:
 
     @staticmethod
     def _dead(life: _Life) -> GeneratorDied:
-        died = GeneratorDied(str(life.death) if life.death is not None else "the vLLM engine process is gone")
+        died = GeneratorDied(str(life.death) if life.death is not None else "the vLLM engine process has ended")
         died.__cause__ = life.death
         return died
 
@@ -454,10 +488,19 @@ class VllmGenerator:
         if life.death is not None or self._life is not life:
             return
         life.death = error
+        life.died.set()
         for entry in list(self._open.values()):
             if entry.task is not asyncio.current_task():
                 self._give_up(entry, self._dead(life))
         self._left.set()
+
+
+def share_gpu(config: SamplerConfig, weights_device: torch.device) -> bool:
+    """Whether the engine computes on one GPU and the weights that it is sent lie there."""
+    device = torch.device(config.device)
+    num_devices = config.vllm.tensor_parallel * config.vllm.data_parallel
+    is_same = (device.type, device.index or 0) == (weights_device.type, weights_device.index or 0)
+    return device.type == "cuda" and num_devices == 1 and is_same
 
 
 def _is_stale(switches: Sequence[_Switch], *, since: int, upto: int) -> bool:

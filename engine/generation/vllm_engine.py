@@ -168,12 +168,22 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._alive(self._engine.start_weight_update())
-        request = WeightTransferUpdateRequest(update_info=msgspec.to_builtins(packed))
+        # The handles of GPU memory are bytes, which vLLM's messages carry as they are.
+        request = WeightTransferUpdateRequest(update_info=msgspec.to_builtins(packed, builtin_types=(bytes,)))
         await self._alive(self._engine.update_weights(request))
         await self._alive(self._engine.finish_weight_update(weight_version=str(version)))
 
     async def resume(self) -> None:
         await self._alive(self._engine.resume_generation())
+
+    async def watch(self) -> None:
+        """Never return.
+
+        Raises:
+            GeneratorDied: the engine is gone, or stopped.
+        """
+        await asyncio.wait([self._engine.output_handler])
+        raise _died()
 
     async def call_workers(self, method: str, *args: object) -> list[Any]:
         """Call a method of ``vllm_inside.worker.WorkerExtension`` in every worker."""

@@ -43,6 +43,9 @@ from ops import (
 )
 from teacher.protocol import Scores
 
+_CPU_BLOCK_ROWS = 256
+"""Matrix products of more rows get no faster."""
+
 
 class HFTrainer:
     """Satisfies ``engine.training.protocol.Trainer``; see there for what each method promises.
@@ -218,7 +221,8 @@ class HFTrainer:
         workspace = None
         if student.head is not None and student.device.type == "cpu":
             weight = student.head.weight
-            workspace = torch.empty(self._config.block_rows, weight.shape[0], dtype=student.training_dtype)
+            num_rows = self._config.block_rows or _CPU_BLOCK_ROWS
+            workspace = torch.empty(num_rows, weight.shape[0], dtype=student.training_dtype)
         self._state = _Loaded(
             student=student,
             optimizer=StepOptimizer(named, self._config),
@@ -243,18 +247,18 @@ class HFTrainer:
 
     def _forward(self, objective: Objective, batch: StudentBatch) -> Divergence:
         """Values and metrics without gradient; the caller has switched autograd off."""
-        student, block_rows = self._loaded.student, self._config.block_rows
+        student, blocks = self._loaded.student, self._blocks
         head = student.head
         if head is None:
             logits = student.logits(batch.inputs).index_select(0, batch.rows)
-            return divergence(objective, logits, batch.scores, block_rows=block_rows)
+            return divergence(objective, logits, batch.scores, **blocks)
         hidden = student.hidden(batch.inputs).index_select(0, batch.rows)
-        return linear_divergence(objective, hidden, head.weight, batch.scores, head.bias, block_rows=block_rows)
+        return linear_divergence(objective, hidden, head.weight, batch.scores, head.bias, **blocks)
 
     def _forward_backward(self, batch: StudentBatch) -> Divergence:
         """Adds the gradient of the sum of the values to the parameters'."""
-        student, block_rows = self._loaded.student, self._config.block_rows
-        measure = {**self._measure, "behaviour_logprobs": batch.sampling_logprobs, "block_rows": block_rows}
+        student = self._loaded.student
+        measure = {**self._measure, **self._blocks, "behaviour_logprobs": batch.sampling_logprobs}
         head = student.head
         if head is None:
             logits = student.logits(batch.inputs).index_select(0, batch.rows)
@@ -279,6 +283,13 @@ class HFTrainer:
         if self._is_usable(out.values):
             hidden.backward(hidden_grad)  # type: ignore[no-untyped-call]
         return out
+
+    @property
+    def _blocks(self) -> dict[str, Any]:
+        num_rows = self._config.block_rows
+        if num_rows is None and self._loaded.student.device.type == "cpu":
+            num_rows = _CPU_BLOCK_ROWS
+        return {} if num_rows is None else {"block_rows": num_rows}
 
     def _is_usable(self, values: Tensor) -> bool:
         """False: the step will be skipped, so the rest of this backward pass is not worth its time."""

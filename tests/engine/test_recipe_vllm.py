@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.build import standard_graph
 from engine.errors import RecipeError
-from engine.recipe import with_overrides
+from engine.generation.vllm import share_gpu
+from engine.recipe import SamplerConfig, VllmConfig, with_overrides
 from recipes import smollm2, smollm2_vllm
 
 
@@ -40,3 +42,22 @@ def test_copies_of_the_student_add_their_slots() -> None:
     recipe = with_overrides(smollm2_vllm.recipe(), ["sampler.vllm.data_parallel=2", "sampler.device=cuda"])
 
     assert "vllm on cuda, 32 slots" in [actor.about for actor in standard_graph(recipe).actors][1]
+
+
+@pytest.mark.parametrize(
+    ("device", "weights_device", "vllm", "expected"),
+    [
+        ("cuda", "cuda:0", VllmConfig(), True),
+        ("cuda:1", "cuda:1", VllmConfig(), True),
+        ("cuda:1", "cuda:0", VllmConfig(), False),
+        ("cuda", "cpu", VllmConfig(), False),
+        ("cuda", "cuda", VllmConfig(tensor_parallel=2), False),
+        ("cpu", "cpu", VllmConfig(kv_cache_bytes=1), False),
+    ],
+)
+def test_weights_stay_on_the_gpu_only_where_both_use_the_same_one(
+    device: str, weights_device: str, vllm: VllmConfig, expected: bool
+) -> None:
+    config = SamplerConfig(backend="vllm", device=device, vllm=vllm)
+
+    assert share_gpu(config, torch.device(weights_device)) is expected

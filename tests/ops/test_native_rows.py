@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import ForwardKL, divergence, reference_divergence
-from ops.kernels import count_larger, kernel_for
+from ops.counting import count_larger
+from ops.kernels import kernel_for
 from ops.native_library import load_library
 from ops.native_rows import NativeRows, native_rows
 from ops.rows import Reduced

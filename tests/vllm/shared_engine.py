@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from transformers import PreTrainedModel
 
-from engine.generation.segment import Segment
 from engine.generation.vllm import VllmGenerator, _Life
 from engine.generation.vllm_engine import StepCounts, VllmEngine
 from engine.generation.vllm_model import tensor_groups_of
@@ -63,10 +62,7 @@ class Borrower(VllmGenerator):
 
     async def _begin_life(self) -> _Life:
         life = _Life(_Kept(self._shared.engine), tensor_groups_of(self._student), ThreadPoolExecutor(max_workers=1))
-        for _ in range(2):
-            segment = Segment()
-            life.all_segments.append(segment)
-            life.segments.put_nowait(segment)
+        life.add_segments(None)
         return life
 
     def forget(self) -> None:

@@ -40,14 +40,15 @@ async def test_an_engine_that_is_killed_fails_whoever_waits_and_starts_again_as_
     await begun.get()
     # It waits for the running answers to end.
     update = asyncio.create_task(generator.update_weights(2, buckets_of(models[0]), config=WeightsConfig(mode="drain")))
+    watch = asyncio.create_task(generator.watch())
     assert generator._life is not None
     (pid,) = await generator._life.engine.call_workers("process_id")
 
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(60):
-        failures = await asyncio.gather(*answers, update, return_exceptions=True)
+        failures = await asyncio.gather(*answers, update, watch, return_exceptions=True)
 
-    assert [type(failure) for failure in failures] == [GeneratorDied] * 5
+    assert [type(failure) for failure in failures] == [GeneratorDied] * 6
     with pytest.raises(GeneratorDied):
         await generator.generate(request(9))
     with pytest.raises(GeneratorDied):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -19,6 +20,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from engine.generation.shareable import Address, map_address
 
 
 @dataclass
@@ -30,7 +33,7 @@ class SharedInit(WeightTransferInitInfo):  # type: ignore[misc]
 class SharedUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One version, as ``engine.generation.segment.Packed`` describes it; lists of equal length."""
 
-    path: str
+    address: dict[str, Any]
     num_bytes: int
     names: list[str]
     dtypes: list[str]
@@ -56,9 +59,8 @@ class SharedWeightsEngine(WeightTransferEngine):  # type: ignore[misc]
         self._expected = before & {name for name, _ in self.model.named_parameters()}
 
     def receive_weights(self, update_info: SharedUpdate) -> None:
-        # Mapped anew each time: the pages are in memory already, and a mapping that is kept would keep the memory of a
-        # segment that the other side has given up.
-        memory = torch.from_file(update_info.path, shared=True, size=update_info.num_bytes, dtype=torch.uint8)
+        address = msgspec.convert(update_info.address, Address)
+        memory = map_address(address, num_bytes=update_info.num_bytes, device=self.device)
         loaded = self.model.load_weights(_tensors(memory, update_info))
         if loaded is not None and (missing := sorted(self._expected - loaded)):
             raise RuntimeError(
@@ -70,7 +72,7 @@ class SharedWeightsEngine(WeightTransferEngine):  # type: ignore[misc]
         """The base class synchronises the accelerator, which a CPU has not."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize()  # the sender packs the next version into the same memory
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

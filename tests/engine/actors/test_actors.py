@@ -56,9 +56,11 @@ class FakeGenerator:
         self.open: dict[int, asyncio.Future[None]] = {}
         self.starts = 0
         self.waves: list[list[int]] = []
+        self.dead = asyncio.Event()
 
     async def start(self) -> None:
         self.starts += 1
+        self.dead.clear()
 
     async def generate(
         self, request: GenerationRequest, *, on_begin: Callable[[int], None] | None = None
@@ -100,6 +102,10 @@ class FakeGenerator:
     def statistics(self) -> GeneratorStatistics:
         raise AssertionError("nobody asks here")
 
+    async def watch(self) -> None:
+        await self.dead.wait()
+        raise GeneratorDied("killed")
+
     async def stop(self) -> None:
         for future in self.open.values():
             future.cancel()
@@ -109,6 +115,7 @@ class FakeGenerator:
             self.open[each].set_result(None)
 
     def die(self) -> None:
+        self.dead.set()
         for future in self.open.values():
             future.set_exception(GeneratorDied("killed"))
 
@@ -304,6 +311,20 @@ async def test_what_a_dead_generator_held_is_sampled_again_and_nothing_else(ledg
     assert bench.generator.starts == 2
     assert ledger.counts()["sampled"] == 3
     await end(run)
+
+
+async def test_a_generator_that_dies_with_nothing_to_do_is_missed_all_the_same(ledger: Ledger, settle: Settle) -> None:
+    """Otherwise the weight syncer would wait for the sampler, and the sampler for prompts, which wait for weights."""
+    bench = Bench(ledger)
+    sampler = bench.sampler()
+    await sampler.start()
+    run = spawn(sampler.run())
+    await settle()
+
+    bench.generator.die()
+
+    with pytest.raises(GeneratorDied):
+        await run
 
 
 async def test_a_reference_completion_is_not_sampled(ledger: Ledger, settle: Settle) -> None:

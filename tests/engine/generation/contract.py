@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.errors import WeightsMismatch
+from engine.errors import GeneratorDied, WeightsMismatch
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, Generator
 from engine.recipe import WeightsConfig
 from engine.streams import stream_key
@@ -400,6 +400,17 @@ class GeneratorContract:
         await generator.stop()
 
         assert all(isinstance(e, Aborted) for e in await asyncio.gather(*tasks, return_exceptions=True))
+
+    async def test_whoever_watches_is_told_of_the_end(self, subject: Subject) -> None:
+        generator = await subject.start()
+        watch = asyncio.create_task(generator.watch())
+        await generator.generate(request(0))
+        assert not watch.done()
+
+        await generator.stop()
+
+        with pytest.raises(GeneratorDied):
+            await watch
 
     async def test_statistics_count_tokens_and_slots(self, subject: Subject) -> None:
         generator = await subject.start()

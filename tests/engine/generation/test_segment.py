@@ -11,6 +11,7 @@ import torch
 
 from engine.generation.protocol import Bucket
 from engine.generation.segment import Packed, Segment
+from engine.generation.shareable import HostMemory
 from engine.generation.version import TensorGroup
 from engine.generation.vllm_model import tensor_groups_of
 from engine.recipe import StudentConfig
@@ -20,14 +21,15 @@ from tests.support.models import load, tiny_model
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment()
+    segment = Segment(HostMemory())
     yield segment
     segment.close()
 
 
 def read(packed: Packed) -> dict[str, torch.Tensor]:
     """As a process that knows nothing but ``packed`` sees it."""
-    memory = bytearray(Path(packed.path).read_bytes()[: packed.num_bytes])
+    assert packed.address.path is not None
+    memory = bytearray(Path(packed.address.path).read_bytes()[: packed.num_bytes])
     return {
         name: torch.frombuffer(
             memory, dtype=getattr(torch, dtype), count=int(torch.Size(shape).numel()), offset=offset
@@ -104,7 +106,7 @@ def test_memory_and_file_are_given_back(tmp_path: Path) -> None:
     files = len(os.listdir("/proc/self/fd"))
 
     for _ in range(3):
-        segment = Segment()
+        segment = Segment(HostMemory())
         pack(segment, buckets(named, bucket_bytes=1 << 20), groups)
         assert mapped() == 1
         segment.close()
