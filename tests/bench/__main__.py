@@ -52,6 +52,7 @@ BENCHES = (
     Bench("simulation"),
     Bench("phases"),
     Bench("end_to_end"),
+    Bench("logprobs", is_quick=False, reports=False),
     Bench("gpu_losses", is_quick=False, reports=False),
     Bench("main_job", is_quick=False),
 )
