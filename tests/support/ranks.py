@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -75,15 +74,14 @@ class Ranks:
         """
         if self._is_broken:
             raise TimeoutError("a rank did not answer before; this pool is of no use any more")
-        work = pickle.dumps((function.__module__, function.__qualname__, num_ranks, arguments))
         for pipe in self._pipes[:num_ranks]:
-            pipe.send_bytes(work)
+            pipe.send((function.__module__, function.__qualname__, num_ranks, arguments))
         outcomes = []
         for rank, pipe in enumerate(self._pipes[:num_ranks]):
             if not pipe.poll(PATIENCE_S):
                 self._is_broken = True
                 raise TimeoutError(f"rank {rank} of {num_ranks} does not answer for {PATIENCE_S:.0f} s")
-            outcomes.append(pickle.loads(pipe.recv_bytes()))
+            outcomes.append(pipe.recv())
         return outcomes
 
 
@@ -99,7 +97,7 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
     groups = [dist.new_group(list(range(size))) for size in range(1, num_ranks + 1)]
     while True:
         try:
-            module, name, size, arguments = pickle.loads(pipe.recv_bytes())
+            module, name, size, arguments = pipe.recv()
         except (EOFError, ConnectionResetError):  # nobody can ask any more
             break
         try:
@@ -107,5 +105,5 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
         except Exception as error:
             error.add_note("".join(traceback.format_exception(error)))
             outcome = error
-        pipe.send_bytes(pickle.dumps(outcome))
+        pipe.send(outcome)
     dist.destroy_process_group()
