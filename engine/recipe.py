@@ -17,35 +17,27 @@ import msgspec.inspect
 from msgspec import Meta
 
 from engine.errors import RecipeError
-
-_MOST = 1 << 40
-"""Of what is counted: a number with too many zeros is a slip, and should be told before it fills memory or SQLite's 64
-bits."""
-Positive = Annotated[int, Meta(ge=1, le=_MOST)]
-NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
-Threads = Annotated[int, Meta(ge=1, le=4096)]
-Slots = Annotated[int, Meta(ge=1, le=1 << 20)]
-Rollouts = Annotated[int, Meta(ge=1, le=1 << 24)]
-Staleness = Annotated[int, Meta(ge=0, le=1024)]
-"""Flow looks at each version up to a deadline."""
-PositiveFloat = Annotated[float, Meta(gt=0.0, le=1e300)]
-"""Not infinity."""
-NonNegativeFloat = Annotated[float, Meta(ge=0.0, le=1e300)]
-Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Meta(ge=0.0, lt=1.0)]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
-StepSeconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
-"""Not 0: in no time, no end of tokens."""
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Dtype = Literal["float32", "bfloat16", "float16"]
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""auto: bfloat16 where the device multiplies it in hardware (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), float32
-elsewhere."""
-Autocast = Literal["auto", "gpu", "off"]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every part of a recipe: immutable, keyword-only, no field unknown."""
+from engine.megatron_config import MegatronConfig
+from engine.objective_config import ObjectiveConfig
+from engine.recipe_fields import (
+    Autocast,
+    BelowOne,
+    ComputeDtype,
+    Dtype,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Port,
+    Positive,
+    PositiveFloat,
+    Rollouts,
+    Seconds,
+    Section,
+    Slots,
+    Staleness,
+    StepSeconds,
+    Threads,
+)
 
 
 class StudentConfig(Section, frozen=True, kw_only=True):
@@ -56,108 +48,6 @@ class StudentConfig(Section, frozen=True, kw_only=True):
     dtype: Dtype = "float32"
     """Of the master weights."""
     trust_remote_code: bool = False
-
-
-class DivergenceConfig(Section, frozen=True, kw_only=True):
-    """One divergence between student and teacher, per response token (``ops``; docs/objectives.md). Fields that do not
-    belong to its kind stay None."""
-
-    kind: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_kl", "student_topk_reverse_kl", "sampled_reverse_kl", "mixture"
-    ] = "forward_kl"
-    tail: Literal["bucket", "renormalise", "ignore"] = "bucket"
-    """What happens to probability outside the teacher's top-k ∪ {sampled token}; no choice for the last three kinds."""
-    beta: Fraction | None = None
-    """jsd: the teacher's share of the mean distribution; 0 is forward KL, 1 reverse KL. None: 0.5."""
-    alpha: Fraction | None = None
-    """skew_kl: how much of the first distribution is mixed into the second. None: 0.1."""
-    reverse: bool | None = None
-    """skew_kl: from the student to the mixture. None: false."""
-    k: Positive | None = None
-    """student_topk_reverse_kl: the teacher is asked about so many ids that the student found most likely when it
-    sampled. None: 64."""
-    estimator: Literal["k1", "k3"] | None = None
-    """sampled_reverse_kl. None: k1."""
-    clip_ratio: PositiveFloat | None = None
-    """sampled_reverse_kl: the largest importance weight. None: no limit."""
-
-    def __post_init__(self) -> None:
-        for field, kind in _FIELD_OF.items():
-            if getattr(self, field) is not None and self.kind != kind:
-                raise RecipeError(
-                    f"objective: {field}={getattr(self, field)!r} belongs to kind={kind!r}, this one is "
-                    f"{self.kind!r}; leave {field} out or change the kind"
-                )
-        if self.tail != "bucket" and self.kind in _WITHOUT_TAIL:
-            raise RecipeError(
-                f"objective: tail={self.tail!r} has no meaning for kind={self.kind!r}; leave it out"
-                + (" and set it in the terms" if self.kind == "mixture" else "")
-            )
-
-    @property
-    def student_top_k(self) -> int:
-        """How many ids that the student found most likely it is about."""
-        return (self.k or 64) if self.kind == "student_topk_reverse_kl" else 0
-
-
-_FIELD_OF = {
-    "beta": "jsd",
-    "alpha": "skew_kl",
-    "reverse": "skew_kl",
-    "k": "student_topk_reverse_kl",
-    "estimator": "sampled_reverse_kl",
-    "clip_ratio": "sampled_reverse_kl",
-}
-_WITHOUT_TAIL = ("student_topk_reverse_kl", "sampled_reverse_kl", "mixture")
-
-
-class TermConfig(DivergenceConfig, frozen=True, kw_only=True):
-    """One term of a mixture."""
-
-    weight: NonNegativeFloat
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind == "mixture":
-            raise RecipeError("objective.terms: a mixture in a mixture; list its terms with multiplied weights instead")
-
-
-class ObjectiveConfig(DivergenceConfig, frozen=True, kw_only=True):
-    """What is minimised."""
-
-    terms: tuple[TermConfig, ...] = ()
-    """mixture: what is added up."""
-    temperature: PositiveFloat = 1.0
-    """Both models' distributions are brought to it before they are compared."""
-    square_temperature: bool = False
-    """Multiply by temperature²: gradients then keep their size when it changes."""
-    clamp: PositiveFloat | None = None
-    """Nats: a token's divergence counts for no more, and one above it is not trained on."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.kind == "mixture") != bool(self.terms):
-            raise RecipeError(
-                f"objective: kind={self.kind!r} with {len(self.terms)} terms; a mixture needs at least one, and only a "
-                "mixture has any"
-            )
-        if self.kind == "mixture" and not any(term.weight > 0 for term in self.terms):
-            raise RecipeError("objective.terms: all weights are 0, so nothing would be trained; raise one")
-
-    @property
-    def parts(self) -> tuple[DivergenceConfig, ...]:
-        """The divergences in it."""
-        return self.terms or (self,)
-
-    @property
-    def num_top_ids(self) -> int:
-        """How many ids of the student's own the teacher is asked about at each position."""
-        return max(part.student_top_k for part in self.parts)
-
-    @property
-    def needs_sampling(self) -> bool:
-        """Whether it means something only for answers that the student itself has drawn."""
-        return any(part.kind in ("student_topk_reverse_kl", "sampled_reverse_kl") for part in self.parts)
 
 
 class DataConfig(Section, frozen=True, kw_only=True):
@@ -281,7 +171,8 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
 class LearnerConfig(Section, frozen=True, kw_only=True):
     """How the student learns."""
 
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "megatron"] = "hf"
+    """"hf": torch in this process, one device; "megatron": Megatron-core, one process per device."""
     lr: PositiveFloat = 1e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
@@ -311,6 +202,7 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     on."""
     device: str = "cpu"
     num_threads: Threads = 1
+    megatron: MegatronConfig = MegatronConfig()
 
 
 class WeightsConfig(Section, frozen=True, kw_only=True):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, NonFiniteError
 from engine.generation.protocol import Bucket
-from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.streams import stream_key
 from engine.training import batch as batches
 from engine.training.batch import StudentBatch

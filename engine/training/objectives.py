@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.recipe import DivergenceConfig, ObjectiveConfig
+from engine.objective_config import DivergenceConfig, ObjectiveConfig
 from ops import (
     JSD,
     ForwardKL,

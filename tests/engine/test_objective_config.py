@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from engine.errors import RecipeError
-from engine.recipe import DataConfig, LocalTeacher, ObjectiveConfig, Recipe, StudentConfig, TermConfig, with_overrides
+from engine.objective_config import ObjectiveConfig, TermConfig
+from engine.recipe import DataConfig, LocalTeacher, Recipe, StudentConfig, with_overrides
 
 
 def recipe() -> Recipe:

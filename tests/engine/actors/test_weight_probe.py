@@ -10,7 +10,8 @@ import pytest
 from engine.actor import Worker
 from engine.actors.weight_probe import WeightProbe
 from engine.errors import WeightsMismatch
-from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.hf import HFTrainer
 from tests.support.models import load, plain_logits, tiny_model
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.generation.top_ids import pack_ids, top_ids_of
-from engine.recipe import LearnerConfig, ObjectiveConfig, StudentConfig
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.objectives import make_objective
 from engine.types import Prompt, Rollout, ScoredRollout, VersionSpan

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.errors import ModelError, NonFiniteError
-from engine.recipe import ObjectiveConfig, StudentConfig, TermConfig
+from engine.objective_config import ObjectiveConfig, TermConfig
+from engine.recipe import StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.protocol import Trainer
 from engine.types import StepReport
