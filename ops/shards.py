@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ops.counting import count_larger
 from ops.rows import Reduced
+from ops.scores import Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,25 +84,23 @@ class Whole:
         return self.tail_sum.log() + self.tail_shift
 
 
-def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, sampled_logits: Tensor) -> Whole:
+def combine(shard: Shard, reduced: Reduced, logits: Tensor, support: Support) -> Whole:
     """Three all-reduces.
 
     Args:
-        reduced: of this rank's shard.
-        ids: [T, C] of the support; −1: none.
-        local_ids: [T, C] the columns of this rank among them, with which it was reduced.
-        sampled_logits: [T], 0 where another rank holds the token.
+        reduced: of this rank's ``logits`` [T, W] and its columns of ``support``.
     """
+    sampled_logits = _column(logits, shard.local(support.sampled_ids))
     support_logits, local_max, tail_sum = reduced.support_logits.double(), reduced.tail_max.double(), reduced.tail_sum
     tail_max = shard.max(local_max.clone())
     tail_shift = tail_max.masked_fill(tail_max == -torch.inf, 0.0)
     tail_sum = tail_sum.double() * (local_max - tail_shift).exp()
     if shard.group is not None:
         # An id has one owner: the others add 0.
-        support_logits = support_logits.masked_fill(local_ids < 0, 0.0)
+        support_logits = support_logits.masked_fill(shard.local(support.ids) < 0, 0.0)
         sums = torch.cat((support_logits, tail_sum.unsqueeze(1), sampled_logits.double().unsqueeze(1)), dim=1)
         shard.sum(sums)
-        support_logits = sums[:, :-2].masked_fill(ids < 0, -torch.inf)
+        support_logits = sums[:, :-2].masked_fill(support.ids < 0, -torch.inf)
         tail_sum, sampled_logits = sums[:, -2], sums[:, -1]
     # Ids of other ranks are −inf here. Of the tail no more than k count, and whoever needs to know more is not among k.
     numbers = torch.cat((reduced.support_logits, reduced.largest), dim=1)
@@ -112,6 +111,13 @@ def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, samp
         num_larger=shard.sum(count_larger(numbers, support_logits.to(numbers.dtype))),
         sampled_logits=sampled_logits.double(),
     )
+
+
+def _column(logits: Tensor, columns: Tensor) -> Tensor:
+    """[T] logits at [T] columns; 0 at −1."""
+    if logits.shape[1] == 0:
+        return logits.new_zeros(len(columns))
+    return logits.gather(1, columns.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(columns < 0, 0.0)
 
 
 def find_shard(
