@@ -1,4 +1,4 @@
-"""A solver on few columns beside the algebra that it repeats, and rows at the edges of what there is: for all solvers."""
+"""A solver on few columns beside the algebra that it repeats, on rows at the edges of what there is."""
 
 from __future__ import annotations
 
