@@ -39,11 +39,14 @@ def kernel_for(device: torch.device) -> RowKernel:
 
 
 def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
-    """``ops.scores.support_of``, in few launches where launches count."""
+    """``ops.scores.support_of``, in few launches and passes where these count."""
     if has_triton(scores.top_ids.device):
         from ops.triton_solve import support_by_triton
 
         return support_by_triton(scores, vocab_size=vocab_size)
+    native = native_solver() if scores.top_ids.device.type == "cpu" else None
+    if native is not None:
+        return native.support(scores, vocab_size=vocab_size)
     return support_of(scores, vocab_size=vocab_size)
 
 

@@ -148,10 +148,14 @@ static double sum_exponentials(const double *x, int64_t n) {
     return total;
 }
 
-static double entropy(const double *log_p, int64_t n) {
+/* And the probabilities. */
+static double entropy(const double *log_p, int64_t n, double *p) {
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; i++) total -= exponential(log_p[i]) * or_zero(log_p[i]);
+    for (int64_t i = 0; i < n; i++) {
+        p[i] = exponential(log_p[i]);
+        total -= p[i] * or_zero(log_p[i]);
+    }
     return total;
 }
 
@@ -234,12 +238,17 @@ static double compare(const Asked *asked, double *log_p, double *raw_log_p, doub
         if (log_q_tail != -INFINITY && log_p[tail] < asked->log_floor) log_p[tail] = asked->log_floor;
         value = summands(asked, log_p, log_q, n, 1, weight);
     }
-    double total = sum(weight, n), total_q = sum_exponentials(log_q, n);
+    double total = sum(weight, n), total_q = 0.0;
+#pragma omp simd reduction(+ : total_q)
+    for (int64_t i = 0; i < n; i++) {
+        log_q[i] = exponential(log_q[i]);
+        total_q += log_q[i];
+    }
     /* Divided by the sum of q, which is 1 but for rounding: so the gradient's sum vanishes to the last digit. What is ignored
      * is left out of the weights though not of the softmax. */
     double each = is_ignored ? total : total / (total_q < 0.5 ? 0.5 : total_q);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) log_q[i] = weight[i] - exponential(log_q[i]) * each;
+    for (int64_t i = 0; i < n; i++) log_q[i] = weight[i] - log_q[i] * each;
     return value;
 }
 
@@ -274,19 +283,22 @@ void solve_rows(const Asked *asked, const Rows *rows, const Solution *solution, 
         for (int64_t i = 0; i < num_top; i++) num_shared += (ids[i] >= 0) & (num_larger[i] < num_named);
         double *metrics = solution->metrics + row * NUM_METRICS;
         metrics[TEACHER_MASS] = sum_exponentials(given, num_top);
-        metrics[STUDENT_MASS] = sum_exponentials(log_q, num_top);
         metrics[TOPK_OVERLAP] = (double)num_shared / (double)(num_named < 1 ? 1 : num_named);
-        metrics[TEACHER_ENTROPY] = entropy(log_p, n);
-        metrics[STUDENT_ENTROPY] = entropy(log_q, n);
+        metrics[TEACHER_ENTROPY] = entropy(log_p, n, weight);
+        metrics[STUDENT_ENTROPY] = entropy(log_q, n, weight);
+        metrics[STUDENT_MASS] = sum(weight, num_top);
         metrics[STUDENT_LOGPROB] = rows->sampled_ids[row] < 0 ? 0.0 : rows->sampled_logits[row] - or_zero(lse);
 
-        double scale = asked->factor / asked->temperature;
+        /* Rounding aside the models agree on the tail when it is all that there is. */
+        int is_there = 0;
+        for (int64_t i = 0; i < num_ids; i++) is_there |= log_q[i] != -INFINITY;
+        double factor = is_there ? asked->factor : 0.0, scale = factor / asked->temperature;
         if (asked->temperature != 1.0) {
             log_softmax(log_p, 1.0 / asked->temperature, n);
             log_softmax(log_q, 1.0 / asked->temperature, n);
             for (int64_t i = 0; i < n; i++) raw_log_p[i] = log_p[i];
         }
-        double value = compare(asked, log_p, raw_log_p, log_q, tail, n, weight) * asked->factor;
+        double value = compare(asked, log_p, raw_log_p, log_q, tail, n, weight) * factor;
         if (value > asked->clamp) value = asked->clamp, scale = 0.0;
         if (rows->weights) value *= rows->weights[row], scale *= rows->weights[row];
         solution->values[row] = value;
@@ -294,4 +306,25 @@ void solve_rows(const Asked *asked, const Rows *rows, const Solution *solution, 
         for (int64_t i = 0; i < num_ids; i++) gradient[i] = log_q[i] * scale;
         solution->tail_scale[row] = log_q[tail] * scale / (tail_sum == 0.0 ? 1.0 : tail_sum);
     }
+}
+
+/* Rows of Support (ops/scores.py) from those of TeacherScores; returns the largest id, -1 if there is none. */
+int64_t list_support(const int64_t *top_ids, const double *top_logprobs, const int64_t *sampled_ids,
+                     const double *sampled_logprobs, int64_t num_rows, int64_t num_top, int64_t *ids, double *logprobs) {
+    int64_t largest = -1;
+    for (int64_t row = 0; row < num_rows; row++) {
+        int64_t sampled = sampled_ids[row], is_repeated = 0;
+        for (int64_t c = 0; c < num_top; c++) is_repeated |= top_ids[c] == sampled;
+        for (int64_t c = 0; c <= num_top; c++) {
+            int64_t id = c < num_top ? top_ids[c] : is_repeated ? -1 : sampled;
+            double logprob = c < num_top ? top_logprobs[c] : sampled_logprobs[row];
+            largest = id > largest ? id : largest;
+            /* An id at -inf is left to the tail, as if it were not listed: log(q/p) has no value there. */
+            int is_absent = id < 0 || logprob == -INFINITY;
+            ids[c] = is_absent ? -1 : id;
+            logprobs[c] = is_absent ? -INFINITY : logprob;
+        }
+        top_ids += num_top, top_logprobs += num_top, ids += num_top + 1, logprobs += num_top + 1;
+    }
+    return largest;
 }

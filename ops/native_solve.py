@@ -19,7 +19,7 @@ from ops.formulas import formula_of, tail_index
 from ops.native_library import native_library
 from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL, Tail
 from ops.rows import Reduced
-from ops.scores import Support
+from ops.scores import Support, TeacherScores, check_largest_id
 from ops.shards import Shard, Whole, combine
 from ops.solve import Conditions
 from ops.solved import METRICS, Solution
@@ -63,14 +63,12 @@ class NativeSolver:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.solve_scratch_doubles.argtypes, library.solve_scratch_doubles.restype = [ctypes.c_int64], ctypes.c_int64
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        library.list_support.argtypes = [*[pointer] * 4, number, number, pointer, pointer]
+        library.list_support.restype = number
         library.solve_rows.restype = None
-        library.solve_rows.argtypes = [
-            *map(ctypes.POINTER, (_Asked, _Rows, _Solution)),
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-        ]
+        library.solve_rows.argtypes = [*map(ctypes.POINTER, (_Asked, _Rows, _Solution)), number, number, pointer]
+        library.solve_scratch_doubles.argtypes, library.solve_scratch_doubles.restype = [number], number
 
     def __call__(
         self,
@@ -88,6 +86,21 @@ class NativeSolver:
         """
         assert isinstance(objective, get_args(Plain))
         return self._solve(objective, combine(shard, reduced, logits, support), support, conditions)
+
+    def support(self, scores: TeacherScores, *, vocab_size: int) -> Support:
+        """As ``ops.scores.support_of``."""
+        num_rows, num_top = scores.top_ids.shape
+        top_ids, sampled_ids = scores.top_ids.long().contiguous(), scores.sampled_ids.long().contiguous()
+        top_logprobs = scores.top_logprobs.double().contiguous()
+        sampled_logprobs = scores.sampled_logprobs.double().contiguous()
+        ids = torch.empty((num_rows, num_top + 1), dtype=torch.int64)
+        logprobs = torch.empty((num_rows, num_top + 1), dtype=torch.float64)
+        largest = self._library.list_support(
+            top_ids.data_ptr(), top_logprobs.data_ptr(), sampled_ids.data_ptr(), sampled_logprobs.data_ptr(),
+            num_rows, num_top, ids.data_ptr(), logprobs.data_ptr(),
+        )  # fmt: skip
+        check_largest_id(largest, vocab_size)
+        return Support(ids=ids, logprobs=logprobs, sampled_ids=sampled_ids, num_top=num_top)
 
     def _solve(self, objective: Plain, whole: Whole, support: Support, conditions: Conditions) -> Solution:
         num_rows, num_ids = support.ids.shape

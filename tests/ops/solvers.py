@@ -101,3 +101,19 @@ def nearly_all_mass() -> tuple[Tensor, TeacherScores]:
     return case.logits, replace(
         case.scores, top_logprobs=probs.log().repeat(2, 1), sampled_ids=case.scores.top_ids[:, 1].contiguous()
     )
+
+
+def scores_of_all_kinds(id_dtype: torch.dtype, dtype: torch.dtype) -> TeacherScores:
+    """Below 10: a sampled token in the list, outside, absent; padding; a log-probability of −inf, of the sampled token,
+    too. Rows of wider tensors, as of scores that hold more than is asked for."""
+    top_ids = torch.tensor([[4, 7, -1], [4, 7, 9], [1, 2, 3], [-1, -1, -1], [5, 6, 7]], dtype=id_dtype)
+    top_logprobs = torch.tensor(
+        [[-1.0, -2.0, 7.0], [-1.0, -torch.inf, -2.0], [-1.0, -2.0, -3.0], [7.0, 7.0, 7.0], [-1.0, -2.0, -3.0]],
+        dtype=dtype,
+    )
+    return TeacherScores(
+        top_ids=torch.nn.functional.pad(top_ids, (0, 2))[:, :3],
+        top_logprobs=torch.nn.functional.pad(top_logprobs, (0, 1))[:, :3],
+        sampled_ids=torch.tensor([7, 7, 8, 0, -1], dtype=id_dtype),
+        sampled_logprobs=torch.tensor([-2.0, -3.0, -torch.inf, -1.0, 7.0], dtype=dtype),
+    )

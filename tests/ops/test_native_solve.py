@@ -24,7 +24,15 @@ from ops.solve import Conditions
 from ops.solved import Solution
 from ops.torch_solve import solve_by_torch
 from tests.ops.cases import COMPARISONS, Case, cases, make_case
-from tests.ops.solvers import at_the_edges, check, conditions_of, nearly_all_mass, reduce, whole_shard
+from tests.ops.solvers import (
+    at_the_edges,
+    check,
+    conditions_of,
+    nearly_all_mass,
+    reduce,
+    scores_of_all_kinds,
+    whole_shard,
+)
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +98,21 @@ def test_what_is_not_a_number_is_seen_in_its_row_alone(objective: Plain, column:
     assert found.values.isnan().tolist() == [False, True, False]
     assert found.support_gradient[[0, 2]].isfinite().all()
     assert not found.support_gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("float_dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_support_is_that_of_the_scores(solver: NativeSolver, dtype: torch.dtype, float_dtype: torch.dtype) -> None:
+    scores = scores_of_all_kinds(dtype, float_dtype)
+    expected = support_of(scores, vocab_size=10)
+
+    found = solver.support(scores, vocab_size=10)
+
+    for name in ("ids", "logprobs", "sampled_ids"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.num_top == 3
+    with pytest.raises(ValueError, match="token id 9 and the student's vocabulary has 9"):
+        solver.support(scores, vocab_size=9)
 
 
 def test_several_threads_do_what_one_does() -> None:

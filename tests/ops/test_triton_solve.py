@@ -16,7 +16,16 @@ from ops.scores import support_of
 from ops.solve import Conditions
 from ops.solved import Solution
 from tests.ops.cases import COMPARISONS, Case, cases, make_case
-from tests.ops.solvers import Solve, at_the_edges, check, conditions_of, nearly_all_mass, reduce, whole_shard
+from tests.ops.solvers import (
+    Solve,
+    at_the_edges,
+    check,
+    conditions_of,
+    nearly_all_mass,
+    reduce,
+    scores_of_all_kinds,
+    whole_shard,
+)
 from tests.ops.triton_devices import INTERPRETED, on_each_device
 
 from ops.triton_solve import solve_by_triton, support_by_triton  # isort: skip  # the line above skips without triton
@@ -77,20 +86,10 @@ def test_a_teachers_mass_of_nearly_one_leaves_a_tail(device: str, objective: Pla
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_support_is_that_of_the_scores(device: str, dtype: torch.dtype) -> None:
-    """A sampled token in the list, outside, absent; padding; a log-probability of −inf, of the sampled token, too."""
-    scores = TeacherScores(
-        top_ids=torch.tensor([[4, 7, -1], [4, 7, 9], [1, 2, 3], [-1, -1, -1], [5, 6, 7]], dtype=dtype),
-        top_logprobs=torch.tensor(
-            [[-1.0, -2.0, 7.0], [-1.0, -torch.inf, -2.0], [-1.0, -2.0, -3.0], [7.0, 7.0, 7.0], [-1.0, -2.0, -3.0]]
-        ),
-        sampled_ids=torch.tensor([7, 7, 8, 0, -1], dtype=dtype),
-        sampled_logprobs=torch.tensor([-2.0, -3.0, -torch.inf, -1.0, 7.0]),
-    )
+    scores = scores_of_all_kinds(dtype, torch.float32)
     expected = support_of(scores, vocab_size=10)
 
-    # Rows of a wider tensor, as of scores that hold more than is asked for.
-    wide = replace(on(device, scores), top_ids=torch.nn.functional.pad(scores.top_ids, (0, 2)).to(device)[:, :3])
-    found = support_by_triton(wide, vocab_size=10)
+    found = support_by_triton(on(device, scores), vocab_size=10)
 
     for name in ("ids", "logprobs"):
         assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
