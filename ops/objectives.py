@@ -2,8 +2,8 @@
 
     P teacher, Q student      p, q of one category      S the teacher's top-k and the sampled token      y that token
 
-Sums are over the categories that the tail leaves: S and the bucket, or S alone. The gradient on their logits is w − q Σw,
-w the derivative of the sum by log q: the chain rule through the softmax (under "ignore" that of the whole vocabulary).
+Sums are over the categories that the tail leaves: S and the bucket, or S alone. Gradients on their logits are w − q Σw,
+w the derivative of a sum by log q: the chain rule through the softmax (under "ignore" that of the whole vocabulary).
 docs/objectives.md says when to use which.
 """
 
