@@ -17,8 +17,8 @@
 /* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
 enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
 
-/* Floats of a vector, of the longest that there is. */
-enum { VECTOR = 16 };
+/* Floats of a vector, of the longest that there is, and lanes that sums are kept in. */
+enum { VECTOR = 16, SUMS = 2 * VECTOR };
 
 /* Bytes: what a cache takes together, more than it keeps, and how far in front of its reading memory is asked. */
 enum { LINE = 64, FAR = 1 << 23, AHEAD = 8192 };
@@ -237,15 +237,28 @@ static inline void bring(const char *from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
 }
 
-/* Of a segment. */
-static double sum_exponentials(const float *x, float shift) {
-    float even = 0.0f, odd = 0.0f;
-#pragma omp simd reduction(+ : even, odd)
-    for (int64_t j = 0; j < SEGMENT / 2; j++) {
-        even += exponential(x[j] - shift);
-        odd += exponential(x[j + SEGMENT / 2] - shift);
+/* Of a segment, in place; their sums by lane are added to `totals`. To add up the lanes of one vector, which compilers do in
+ * order, would cost a seventh of all this; so it is done once in a row. */
+static void add_exponentials(float *x, float shift, double *totals) {
+#pragma omp simd
+    for (int64_t j = 0; j < SEGMENT; j++) x[j] = exponential(x[j] - shift);
+#pragma omp simd
+    for (int64_t l = 0; l < SUMS; l++) {
+        float sum = x[l];
+        for (int64_t i = 1; i < SEGMENT / SUMS; i++) sum += x[l + SUMS * i];
+        totals[l] += sum;
     }
-    return (double)even + (double)odd;
+}
+
+static void scale(double *totals, double factor) {
+#pragma omp simd
+    for (int64_t l = 0; l < SUMS; l++) totals[l] *= factor;
+}
+
+static double sum_lanes(const double *totals) {
+    double total = 0.0;
+    for (int64_t l = 0; l < SUMS; l++) total += totals[l];
+    return total;
 }
 
 /* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. In one pass: what is taken off
@@ -275,7 +288,7 @@ static double sum_exponentials(const float *x, float shift) {
             const int64_t *mine = ids + row * num_ids;                                                                 \
             list_ids(mine, num_ids, segments, head, next);                                                             \
             float shift = -INFINITY;                                                                                   \
-            double total = 0.0;                                                                                        \
+            double totals[SUMS] = {0.0};                                                                               \
             for (int64_t s = 0; s < segments; s++) {                                                                   \
                 const char *ahead = (const char *)(from + s * SEGMENT) + AHEAD;                                        \
                 int64_t half = SEGMENT / 2 * (int64_t)sizeof(TYPE);                                                    \
@@ -284,11 +297,12 @@ static double sum_exponentials(const float *x, float shift) {
                 float high = largest_by_class(part, maxima + s * LANES);                                               \
                 bring(ahead + half, half);                                                                             \
                 if (high > shift + (shift == -INFINITY ? 0 : REACH)) {                                                 \
-                    total *= exp((double)shift - (double)high);                                                        \
+                    scale(totals, exp((double)shift - (double)high));                                                  \
                     shift = high;                                                                                      \
                 }                                                                                                      \
-                total += sum_exponentials(part, shift == -INFINITY ? 0.0f : shift);                                    \
+                add_exponentials(part, shift == -INFINITY ? 0.0f : shift, totals);                                     \
             }                                                                                                          \
+            double total = sum_lanes(totals);                                                                          \
             float most = largest_of(maxima, classes);                                                                  \
             if (most > shift) total *= exp((double)shift - (double)most);                                              \
             tail_sum[row] = (float)total;                                                                              \
@@ -384,17 +398,17 @@ EXPAND(expand_f32, float, from_f32, round_f32, exponential)
 EXPAND(expand_bf16, uint16_t, from_bf16, round_bf16, rough_exponential)
 
 /* For each of `num_bounds` numbers of a row, how many of the row's `num` numbers are larger. Vectors of bounds, as a sum
- * over the lanes of one costs more than all else; short ones, as a list of 64 and one more would waste half of a long one. */
+ * over the lanes of one costs more than all else. */
 void count_larger(const float *numbers, int64_t num, const float *bounds, int64_t num_bounds, int64_t rows,
                   int64_t *counts) {
     for (int64_t row = 0; row < rows; row++, numbers += num, bounds += num_bounds, counts += num_bounds)
-        for (int64_t start = 0; start < num_bounds; start += VECTOR) {
-            int32_t larger[VECTOR] = {0};
-            float bound[VECTOR] = {0.0f};
-            int64_t length = num_bounds - start < VECTOR ? num_bounds - start : VECTOR;
+        for (int64_t start = 0; start < num_bounds; start += LANES) {
+            int32_t larger[LANES] = {0};
+            float bound[LANES] = {0.0f};
+            int64_t length = num_bounds - start < LANES ? num_bounds - start : LANES;
             memcpy(bound, bounds + start, (size_t)length * sizeof(float));
 #pragma omp simd
-            for (int64_t i = 0; i < VECTOR; i++) {
+            for (int64_t i = 0; i < LANES; i++) {
                 int32_t count = 0;
                 for (int64_t j = 0; j < num; j++) count += numbers[j] > bound[i];
                 larger[i] = count;

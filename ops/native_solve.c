@@ -7,6 +7,7 @@
  */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -263,7 +264,7 @@ void solve_rows(const Asked *asked, const Rows *rows, const Solution *solution, 
     double *log_q = scratch, *log_p = log_q + n, *raw_log_p = log_p + n, *weight = raw_log_p + n;
     for (int64_t row = start; row < end; row++) {
         const double *given = rows->logprobs + row * num_ids, *z = rows->support_logits + row * num_ids;
-        const int64_t *ids = rows->ids + row * num_ids, *num_larger = rows->num_larger + row * num_ids;
+        const int64_t *ids = rows->ids + row * num_ids, *num_larger = rows->num_larger + row * num_top;
         double tail_sum = rows->tail_sum[row];
         for (int64_t i = tail; i < n; i++) log_q[i] = raw_log_p[i] = -INFINITY;
         for (int64_t i = 0; i < num_ids; i++) log_q[i] = z[i];
@@ -315,14 +316,16 @@ int64_t list_support(const int64_t *top_ids, const double *top_logprobs, const i
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t sampled = sampled_ids[row], is_repeated = 0;
         for (int64_t c = 0; c < num_top; c++) is_repeated |= top_ids[c] == sampled;
+        memcpy(ids, top_ids, (size_t)num_top * sizeof(int64_t));
+        memcpy(logprobs, top_logprobs, (size_t)num_top * sizeof(double));
+        ids[num_top] = is_repeated ? -1 : sampled;
+        logprobs[num_top] = sampled_logprobs[row];
         for (int64_t c = 0; c <= num_top; c++) {
-            int64_t id = c < num_top ? top_ids[c] : is_repeated ? -1 : sampled;
-            double logprob = c < num_top ? top_logprobs[c] : sampled_logprobs[row];
-            largest = id > largest ? id : largest;
+            largest = ids[c] > largest ? ids[c] : largest;
             /* An id at -inf is left to the tail, as if it were not listed: log(q/p) has no value there. */
-            int is_absent = id < 0 || logprob == -INFINITY;
-            ids[c] = is_absent ? -1 : id;
-            logprobs[c] = is_absent ? -INFINITY : logprob;
+            int is_absent = ids[c] < 0 || logprobs[c] == -INFINITY;
+            ids[c] = is_absent ? -1 : ids[c];
+            logprobs[c] = is_absent ? -INFINITY : logprobs[c];
         }
         top_ids += num_top, top_logprobs += num_top, ids += num_top + 1, logprobs += num_top + 1;
     }

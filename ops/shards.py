@@ -4,7 +4,7 @@
 
 Shards follow each other in the order of the group's ranks and may have different widths. What a rank needs of the
 others is the largest logit of the tail (MAX, [T]), the logits of the support and the tail's sum of exponentials (SUM,
-[T, C+2]) and, for the metric of overlap, how many of its logits are larger than each of the support (SUM, [T, C]).
+[T, C+2]) and, for the metric of overlap, how many of its logits are larger than each of the list (SUM, [T, K]).
 The gradient of a rank's shard follows from these, so the backward pass says nothing.
 """
 
@@ -74,7 +74,7 @@ class Whole:
     tail_sum: Tensor
     """[T]: Σ exp(z − tail_shift)."""
     num_larger: Tensor
-    """[T, C] int64: logits that are larger than that of the column; k or more of the tail may count as k."""
+    """[T, K] int64: logits that are larger than that of a listed id; k or more of the tail may count as k."""
     sampled_logits: Tensor
     """[T]; meaningless where nothing was sampled."""
 
@@ -108,7 +108,7 @@ def combine(shard: Shard, reduced: Reduced, logits: Tensor, support: Support) ->
         support_logits=support_logits,
         tail_shift=tail_shift,
         tail_sum=tail_sum,
-        num_larger=shard.sum(count_larger(numbers, support_logits.to(numbers.dtype))),
+        num_larger=shard.sum(count_larger(numbers, support_logits[:, : support.num_top].to(numbers.dtype))),
         sampled_logits=sampled_logits.double(),
     )
 

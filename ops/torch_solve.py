@@ -39,7 +39,7 @@ def _metrics(whole: Whole, log_q: Tensor, lse: Tensor, base: Coarse, support: Su
     top_logprobs, is_top = support.logprobs[:, :num_top], support.ids[:, :num_top] >= 0
     num_named = is_top.sum(dim=1)
     # A listed id is among the student's n largest when fewer than n logits are larger.
-    is_shared = is_top & (whole.num_larger[:, :num_top] < num_named.unsqueeze(1))
+    is_shared = is_top & (whole.num_larger < num_named.unsqueeze(1))
     return {
         "teacher_mass": top_logprobs.exp().sum(dim=1),
         "student_mass": log_q[:, :num_top].exp().sum(dim=1),
