@@ -195,8 +195,8 @@ static void keep_largest(float *room, int64_t found, int64_t k, float t, float *
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-/* For a row: maxima of its classes and of its blocks' classes, two lists of classes and one of columns (written up to a vector
- * further than they are read), the first id of each segment and the next one of each id, a byte for each column. */
+/* For a row: maxima of its classes and of its blocks' classes, two lists of classes and one of columns (written up to a
+ * vector further than they are read), the first id of each segment and the next one of each id, a byte for each column. */
 int64_t reduce_scratch_floats(int64_t columns, int64_t num_ids) {
     return blocks_of(columns) * (3 * BLOCK_CLASSES + LANES + BLOCK + FOLD + BLOCK / 4) + 2 + VECTOR + num_ids;
 }
@@ -278,7 +278,7 @@ static double sum_lanes(const double *totals) {
         int64_t blocks = blocks_of(columns), segments = (columns + SEGMENT - 1) / SEGMENT;                             \
         int64_t classes = blocks * BLOCK_CLASSES;                                                                      \
         float part[SEGMENT], *maxima = scratch, *coarse = maxima + classes, *room = coarse + blocks * LANES;           \
-        int32_t *first = (int32_t *)(room + blocks * BLOCK + 1), *second = first + classes + VECTOR;                        \
+        int32_t *first = (int32_t *)(room + blocks * BLOCK + 1), *second = first + classes + VECTOR;                   \
         int32_t *head = second + classes + 1, *next = head + blocks * FOLD;                                            \
         uint8_t *is_out = (uint8_t *)(next + num_ids);                                                                 \
         for (int64_t i = segments * LANES; i < classes; i++) maxima[i] = -INFINITY;                                    \

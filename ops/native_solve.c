@@ -1,7 +1,7 @@
 /* An objective on the few columns of each row, in float64, one thread: what ops/torch_solve.py defines in some sixty passes
  * over tensors, here while a row lies in the first-level cache.
  *
- *     n categories: C columns of the support, the tail, and nothing up to a multiple of a vector      p, q teacher and student
+ *     n categories: C columns of the support, the tail, and none up to a multiple of a vector      p, q teacher, student
  *
  * Plain loops that a compiler turns into vectors. NaN stays NaN: comparisons are such that it is not replaced.
  */
@@ -49,8 +49,8 @@ typedef union {
 /* Stands for the logarithm of 0: exponential of it is 0, and products with it stay finite. */
 static const double LOWEST = -1e30;
 
-/* exp(x) = 2^n e^f, |f| up to log(2)/2, by the series: to 2 units in the last place; 0 below -708, infinity above 709. The sum
- * of a double near 1.5 * 2^52 and n has n in its last bits; with 1023 on top these are the exponent of 2^n. */
+/* exp(x) = 2^n e^f, |f| up to log(2)/2, by the series: to 2 units in the last place; 0 below -708, infinity above 709. The
+ * sum of a double near 1.5 * 2^52 and n has n in its last bits; with 1023 on top these are the exponent of 2^n. */
 static inline double exponential(double x) {
     const double magic = 0x1.8p52 + 1023.0;
     double within = x < -708.0 ? -708.0 : x > 710.0 ? 710.0 : x;
