@@ -264,7 +264,7 @@ class Head:
 
 def _default_block_rows(hidden: Tensor, num_columns: int | None) -> int:
     if not hidden.is_cuda:
-        # Products of fewer than 64 rows are slow, of more than 256 no faster, of multiples of 16 fastest.
+        # Products of fewer than 64 rows are slow, of more than 256 no faster, of multiples of 8 fastest.
         return min(256, max(64, len(hidden) // 72 * 16))
     if num_columns is None:
         return 2048
