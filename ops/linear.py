@@ -43,6 +43,9 @@ def linear_divergence(
 ) -> Divergence:
     """``divergence`` of the logits ``hidden @ head_weight.T + bias``, which are never whole.
 
+    With dz [T, V] the gradient of ``divergence``: dh = dz W, dW = dzᵀ h and db = Σ_T dz, block by block. To compute them
+    along with the values is an idea of Liger's (Hsu et al., arXiv 2410.10989).
+
     Values and gradients of all inputs are computed in the forward pass, for a gradient of 1 on each value (the trainer
     sums; weights of single tokens belong into ``token_weights``). The backward pass returns them as they are, scales
     them when all values get one gradient, and computes the blocks of the head's gradient again when rows get different
