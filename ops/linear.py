@@ -43,7 +43,7 @@ def linear_divergence(
 ) -> Divergence:
     """``divergence`` of the logits ``hidden @ head_weight.T + bias``, which are never whole.
 
-    With dz [T, V] the gradient of ``divergence``: dh = dz W, dW = dzᵀ h and db = Σ_T dz, block by block. To compute them
+    With dz [T, V] the gradient of ``divergence``: dh = dz W, dW = dzᵀ h and db = Σ_T dz, by blocks. To compute them
     along with the values is an idea of Liger's (Hsu et al., arXiv 2410.10989).
 
     Values and gradients of all inputs are computed in the forward pass, for a gradient of 1 on each value (the trainer
