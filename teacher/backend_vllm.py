@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ class VllmBackend:
             ) from None
         importlib.import_module(_INSIDE)
         arguments = self._arguments(max_length)
-        self._check_options(arguments, {field.name for field in dataclasses.fields(EngineArgs)})
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        check_engine_options(self._engine_options, ours=arguments, known=known)
         try:
             self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **self._engine_options))
         except Exception as error:  # vLLM raises a dozen kinds here; all mean this model with these settings
@@ -188,15 +189,6 @@ class VllmBackend:
             extra_logprobs=None if request.extra_ids is None else logprobs[:, 1:num_lookups],
         )
 
-    def _check_options(self, arguments: Mapping[str, Any], known: set[str]) -> None:
-        for name in self._engine_options:
-            if name in arguments:
-                raise UserError(
-                    f"--engine-option {name} is this program's to set; python -m teacher --help has its own"
-                )
-            if name not in known:
-                raise UserError(f"--engine-option {name}: vLLM's EngineArgs of this version have no such field")
-
     def _settings(self) -> dict[str, str]:
         settings = {
             "HF_HUB_OFFLINE": "1",
@@ -235,3 +227,17 @@ class VllmBackend:
             "worker_extension_cls": f"{_INSIDE}.WorkerExtension",
             "disable_log_stats": True,
         }
+
+
+def check_engine_options(options: Iterable[str], *, ours: Container[str], known: Container[str]) -> None:
+    """
+    Raises:
+        UserError: one of them is set by this program, or vLLM does not know it.
+    """
+    for name in options:
+        if name in ours:
+            raise UserError(
+                f"--engine-option {name} is this program's to set; see python -m teacher --help for its own"
+            )
+        if name not in known:
+            raise UserError(f"--engine-option {name}: vLLM's EngineArgs of this version have no such field")

@@ -208,20 +208,10 @@ async def test_a_teacher_that_is_killed_and_comes_back_costs_nothing_but_time(ro
     assert_exactly_once(out, steps=6, per_step=4, max_staleness=1)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ([], "--kv-cache-bytes"),
-        (["--kv-cache-bytes", "1000000", "--engine-option", "enforce_eager=false"], "this program's to set"),
-        (["--kv-cache-bytes", "1000000", "--engine-option", "no_such=1"], "no such field"),
-    ],
-)
-async def test_options_of_the_engine_that_cannot_be_are_refused(
-    wide_folder: Path, options: list[str], said: str
-) -> None:
+async def test_a_cache_of_unknown_size_is_refused_on_cpu(wide_folder: Path) -> None:
     done = await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "teacher", "--backend", "vllm", "--model", str(wide_folder), "--port", "0", *options],
+        [sys.executable, "-m", "teacher", "--backend", "vllm", "--model", str(wide_folder), "--port", "0"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -230,4 +220,4 @@ async def test_options_of_the_engine_that_cannot_be_are_refused(
     )
 
     assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
+    assert "--kv-cache-bytes" in done.stderr.splitlines()[-1]
