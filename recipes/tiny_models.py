@@ -7,8 +7,8 @@
     train.parquet       word problems as GSM8K has them: columns ``question`` and ``answer``
     test.parquet        others, held out
 
-They are real folders in Hugging Face format and go through every code path that a big model's folder goes through. Equal
-arguments give equal bits. A folder is written aside and renamed, so one that is there is whole and is left alone.
+They are real folders in Hugging Face format and go through every code path that a big model's folder goes through.
+Equal arguments give equal bits. A folder is written aside and renamed: one that is there is whole and is left alone.
 
 This module knows no recipe: what is trained on these, and how, is theirs to say.
 """
