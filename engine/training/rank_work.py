@@ -12,16 +12,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from engine.generation.protocol import Bucket
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.protocol import EvalResult, TokenLosses
 from engine.types import StepReport
 from teacher.protocol import Scores
+
+if TYPE_CHECKING:
+    import torch
+
+FACTORY = "engine.training.megatron_inside.trainer:make_trainer"
+"""What every rank calls, as ``make_trainer(settings=RankSettings, buffers=ExportBuffers) -> RankTrainer``, when
+torch.distributed is initialised, and on a GPU the rank's device set. It loads nothing: ``start`` and ``load`` do."""
+
+
+class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is made of; the same on all of them."""
+
+    learner: LearnerConfig
+    student: StudentConfig
+    objective: ObjectiveConfig
+    num_steps: int
+    """Of the whole run: where the learning rate schedule ends."""
+    seed: int
+
+
+class ExportBuffers(Protocol):
+    """Two pieces of memory that the node maps, too: a bucket whose tensors lie in the piece taken last reaches it
+    without another copy. Tensors that lie elsewhere are copied there."""
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """[num_bytes] uint8 on ``device``, the other piece at every call: once for each bucket."""
+        ...
 
 
 class RankRollout(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -97,7 +126,15 @@ class RankTrainer(Protocol):
         ...
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        """Rank 0 gets the buckets; the others take part until the iterator ends, and get none."""
+        """Rank 0 gets the buckets; the others take part until the iterator ends: as many items, what they are is
+        ignored.
+
+        Called and advanced in a thread of its own, in which autograd is off. Meanwhile the main thread may be in
+        ``accumulate``, ``evaluate`` or ``score``, which only read weights (never in ``finish_step``, ``load`` or
+        ``save``): its collectives use process groups that nothing else uses. With NCCL two collectives that wait for
+        each other's place on the device hang, so there the node lets one call, or one bucket, run at a time. An
+        iterator that is closed early ends on all ranks at once.
+        """
         ...
 
     def save(self, folder: Path) -> None: ...
