@@ -14,6 +14,7 @@
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * WeightsMismatch                   a generator received other bits than the learner sent
     * GeneratorDied                     the engine that held rollouts is gone
+    * AnswerLost                        one of several engines is gone, with an answer; ask again
     * TensorPlaneError                  weights did not travel: a sender or receiver is gone, or does not answer
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
     * ActorFailed                       an actor failed for good, so the run ends; names actor and cause
@@ -111,6 +112,10 @@ class WeightsMismatch(EngineError):
 
 class GeneratorDied(EngineError):
     """The generation engine is gone; what it held must be sampled again."""
+
+
+class AnswerLost(EngineError):
+    """What one of a generator's engines held is gone with it; the generator goes on, and may be asked again."""
 
 
 class TensorPlaneError(EngineError):

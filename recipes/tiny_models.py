@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Family = Literal["qwen3", "deepseek_v3"]
 
 VOCAB = 512
-MAX_LENGTH = 512
+MAX_LENGTH = 1024
 """Positions: prompt and answer together."""
 NUM_TRAIN, NUM_TEST = 192, 32
 

@@ -33,10 +33,6 @@ _HOST = "127.0.0.1"
 _TIMEOUT_S = 300.0
 """How long sender and workers wait for each other."""
 
-_NUM_SEGMENTS = 2
-"""In this machine's memory: one is loaded, or waits for running answers to end, while the next version is packed into
-the other. On a GPU, where memory is dear and packing takes milliseconds, there is one."""
-
 
 def choose(transfer: Literal["auto"] | Way, config: SamplerConfig, weights_device: torch.device) -> Way:
     """The recipe's way, or for "auto" the shortest there is.
@@ -58,7 +54,7 @@ def choose(transfer: Literal["auto"] | Way, config: SamplerConfig, weights_devic
             f"weights.transfer='nccl' goes from GPU to GPU; sampler.device is {config.device!r}, the weights lie on "
             f"{str(weights_device)!r}; use 'auto', 'shm' or 'gloo'"
         )
-    if transfer == "nccl" and device.index == weights_device.index:
+    if transfer == "nccl" and (device.index or 0) == (weights_device.index or 0):
         raise RecipeError(
             f"weights.transfer='nccl' goes between different GPUs, and learner and sampler both use {config.device!r}; "
             "use 'auto' or 'ipc'"
@@ -66,11 +62,13 @@ def choose(transfer: Literal["auto"] | Way, config: SamplerConfig, weights_devic
     return transfer
 
 
-def make_segments(way: Way, weights_device: torch.device) -> list[Segment]:
-    """The memory that versions are packed into."""
+def make_segments(way: Way, weights_device: torch.device, *, number: int | None = None) -> list[Segment]:
+    """The memory that versions are packed into. In this machine's there are two: one is loaded, or waits for running
+    answers to end, while the next version is packed into the other. On a GPU, where memory is dear and packing takes
+    milliseconds, there is one, unless ``number`` says otherwise."""
     if way in ("ipc", "nccl"):
-        return [Segment(CudaMemory(weights_device))]
-    return [Segment(HostMemory()) for _ in range(_NUM_SEGMENTS)]
+        return [Segment(CudaMemory(weights_device)) for _ in range(number or 1)]
+    return [Segment(HostMemory()) for _ in range(number or 2)]
 
 
 def make_transfer(way: Way, weights_device: torch.device, *, bucket_bytes: int) -> Transfer:

@@ -1,5 +1,5 @@
-"""What every way of our own to load a version has in common: vLLM's layers are loaded as from a checkpoint, and a tensor
-of the model that nothing of the version went into is an error. How the tensors come is the subclass's business."""
+"""What every way of our own to load a version has in common: vLLM's layers are loaded as from a checkpoint, and to
+leave a tensor of the model without anything new is an error. How the tensors come is the subclass's business."""
 
 from __future__ import annotations
 
