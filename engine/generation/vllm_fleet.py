@@ -25,7 +25,7 @@ from engine.generation.protocol import Bucket, Generation, GenerationRequest, Ge
 from engine.generation.vllm import VllmGenerator, to_its_end
 from engine.generation.vllm_model import tensor_groups_of
 from engine.generation.vllm_transfer import choose, make_segments
-from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from engine.recipe import LoraConfig, SamplerConfig, StudentConfig, WeightsConfig
 from engine.tracing import log
 
 _RESTARTS = RestartPolicy(max_restarts=3, window_s=300.0, backoff_s=0.0)
@@ -68,12 +68,14 @@ class VllmFleet:
         config: SamplerConfig,
         student: StudentConfig,
         max_length: int | None = None,
+        lora: LoraConfig | None = None,
         weights: WeightsConfig | None = None,
         weights_device: str = "cpu",
         version: int = 0,
     ) -> None:
         weights = weights or WeightsConfig()
         self._student = student
+        self._lora = lora
         self._device = torch.device(weights_device)
         self._way = choose(weights.transfer, config, self._device)
         self._places = [
@@ -83,6 +85,7 @@ class VllmFleet:
                     config=engine_config(config, number),
                     student=student,
                     max_length=max_length,
+                    lora=lora,
                     weights=msgspec.structs.replace(weights, transfer=self._way),
                     weights_device=weights_device,
                     packs=False,
@@ -108,7 +111,7 @@ class VllmFleet:
 
     async def start(self) -> None:
         """All engines side by side. When one does not start, none is left."""
-        groups = await asyncio.to_thread(tensor_groups_of, self._student)
+        groups = await asyncio.to_thread(tensor_groups_of, self._student, self._lora)
         starts = [asyncio.ensure_future(place.generator.start()) for place in self._places]
         try:
             await asyncio.gather(*starts)
@@ -193,6 +196,10 @@ class VllmFleet:
         await self._until(lambda: bool(self._live()))
         live = self._live()
         return await live[next(self._asked) % len(live)].generator.score(token_ids)
+
+    def capacity(self) -> int:
+        """Of the engines that are live."""
+        return sum(place.generator.capacity() for place in self._live())
 
     def statistics(self) -> GeneratorStatistics:
         """Sums, and the oldest version."""

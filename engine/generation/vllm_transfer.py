@@ -5,6 +5,8 @@
     gloo    broadcast, received by workers while answers go on         any device
     nccl    broadcast from GPU to GPU while generation stands still    different GPUs
 
+An adapter, which is small, goes through a folder whatever the way, as vLLM loads adapters from nothing else.
+
 In each of them the version is packed into a segment first (``engine.generation.segment``). What the workers do with it
 lies in ``engine.generation.vllm_inside``; when it is done is ``engine.generation.vllm``'s business.
 """
@@ -12,18 +14,23 @@ lies in ``engine.generation.vllm_inside``; when it is done is ``engine.generatio
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import tempfile
+from collections.abc import Awaitable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 import torch
+from torch import Tensor
 
+from engine.adapter_files import write_adapter
 from engine.errors import RecipeError
 from engine.generation.segment import Packed, Segment
 from engine.generation.shareable import CudaMemory, HostMemory
+from engine.generation.version import TensorGroup
 from engine.generation.vllm_engine import VllmEngine
-from engine.recipe import SamplerConfig
+from engine.recipe import LoraConfig, SamplerConfig
 from engine.transport.tensor_plane import WeightSender
 
 Way = Literal["shm", "ipc", "gloo", "nccl"]
@@ -71,8 +78,21 @@ def make_segments(way: Way, weights_device: torch.device, *, number: int | None 
     return [Segment(HostMemory()) for _ in range(number or 2)]
 
 
-def make_transfer(way: Way, weights_device: torch.device, *, bucket_bytes: int) -> Transfer:
-    if way in ("shm", "ipc"):
+def make_transfer(
+    way: Way,
+    weights_device: torch.device,
+    *,
+    bucket_bytes: int,
+    lora: LoraConfig | None = None,
+    groups: Sequence[TensorGroup] = (),
+) -> Transfer:
+    """
+    Args:
+        lora: versions are adapters of this kind, and consist of ``groups``.
+    """
+    if lora is not None:
+        return _Adapter(lora, groups)
+    if way == "shm" or way == "ipc":
         return _Mapped()
     return _Broadcast(way, weights_device, bucket_bytes=bucket_bytes)
 
@@ -115,6 +135,38 @@ class _Mapped:
 
     def close(self) -> None:
         pass
+
+
+class _Adapter:
+    """Versions are low-rank adapters: written while answers go on, loaded in place while the engine stands still."""
+
+    backend = "shm"
+
+    def __init__(self, lora: LoraConfig, groups: Sequence[TensorGroup]) -> None:
+        self._lora = lora
+        self._groups = groups
+        self._scratch = tempfile.TemporaryDirectory(prefix="slipstream-adapter-")
+        self._folder = Path(self._scratch.name) / "policy"
+
+    async def connect(self, engine: VllmEngine) -> None:
+        """With an adapter that changes nothing, so that answers under way take over the first one that does."""
+        nothing = [(group.names[0], torch.zeros(group.shape)) for group in self._groups]
+        await asyncio.to_thread(self._write, nothing)
+        await engine.load_adapter(self._folder)
+
+    async def bring(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
+        (bucket,) = segment.buckets(packed, bucket_bytes=packed.num_bytes)
+        await asyncio.to_thread(self._write, zip(bucket.names, bucket.tensors, strict=True))
+
+    async def load(self, engine: VllmEngine, segment: Segment, packed: Packed, *, version: int) -> None:
+        await engine.load_adapter(self._folder)
+        await engine.set_version(version)
+
+    def close(self) -> None:
+        self._scratch.cleanup()
+
+    def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        write_adapter(self._folder, tensors, self._lora)
 
 
 class _Broadcast:
