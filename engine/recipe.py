@@ -190,6 +190,13 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     )
     """Linear layers that get one, by the last part of their names."""
 
+    def __post_init__(self) -> None:
+        if {"lm_head", "embed_tokens"} & set(self.target_modules):
+            raise RecipeError(
+                f"learner.lora.target_modules={list(self.target_modules)}: the output layer and the embedding cannot "
+                "have an adapter, since vLLM does not score prompts with one; leave them out"
+            )
+
 
 class LearnerConfig(Section, frozen=True, kw_only=True):
     """How the student learns."""

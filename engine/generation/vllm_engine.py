@@ -429,6 +429,8 @@ def engine_arguments(
         "stream_interval": 1 << 30,
         "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
         "enable_lora": lora is not None,
+        # Not all that could have one: vLLM cannot score a prompt whose output layer has.
+        "lora_target_modules": None if lora is None else list(lora.target_modules),
         "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= (1 if lora is None else lora.rank)),
         "worker_extension_cls": "engine.generation.vllm_inside.worker.WorkerExtension",
         "disable_log_stats": True,
