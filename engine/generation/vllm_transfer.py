@@ -26,6 +26,7 @@ from torch import Tensor
 
 from engine.adapter_files import write_adapter
 from engine.errors import RecipeError
+from engine.generation.requests import settled
 from engine.generation.segment import Packed, Segment
 from engine.generation.shareable import CudaMemory, HostMemory
 from engine.generation.version import TensorGroup
@@ -37,8 +38,8 @@ Way = Literal["shm", "ipc", "gloo", "nccl"]
 
 _HOST = "127.0.0.1"
 """Engines are children of this process."""
-_TIMEOUT_S = 300.0
-"""How long sender and workers wait for each other."""
+_TIMEOUT_S = 60.0
+"""How long sender and workers wait for each other; each wait is for one bucket at most."""
 
 
 def choose(transfer: Literal["auto"] | Way, config: SamplerConfig, weights_device: torch.device) -> Way:
@@ -191,23 +192,35 @@ class _Broadcast:
     async def bring(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
         if self._way == "gloo":
             await engine.call_workers("fetch_weights")
-            await self._send(segment, packed)
+            await self._send(engine, segment, packed)
 
     async def load(self, engine: VllmEngine, segment: Segment, packed: Packed, *, version: int) -> None:
         if self._way == "gloo":
             await engine.load({"is_fetched": True}, version=version)
         else:
-            await self._both(self._send(segment, packed), engine.load({"is_fetched": False}, version=version))
+            await self._both(self._send(engine, segment, packed), engine.load({"is_fetched": False}, version=version))
 
     def close(self) -> None:
         if self._sender is not None:
             self._sender.close()
         self._thread.shutdown(wait=False)
 
-    async def _send(self, segment: Segment, packed: Packed) -> None:
+    async def _send(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
+        """A sender whose workers are gone may wait for them until its time is over; nobody waits for it then."""
         assert self._sender is not None, "connect comes first"
         sender, buckets = self._sender, segment.buckets(packed, bucket_bytes=self._bucket_bytes)
-        await asyncio.get_running_loop().run_in_executor(self._thread, sender.send, buckets)
+        sending = asyncio.get_running_loop().run_in_executor(self._thread, sender.send, buckets)
+        dying = asyncio.ensure_future(engine.watch())
+        try:
+            await asyncio.wait([sending, dying], return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                self.close()
+                sending.add_done_callback(lambda late: late.exception())
+                await dying
+            await sending
+        finally:
+            dying.cancel()
+            await settled(dying)
 
     async def _both(self, sending: Awaitable[None], receiving: Awaitable[None]) -> None:
         """When one fails the other is not waited for: it would wait for the first."""
