@@ -34,7 +34,7 @@ from engine.model_folder import look_at_model, stop_ids, vocab_size
 from engine.monitor.sinks.attach import check_sinks
 from engine.prompt_files import read_rows
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
-from engine.recipe import DataConfig, EvalConfig, HttpTeacher, LocalTeacher, Recipe
+from engine.recipe import DataConfig, EvalConfig, HttpTeacher, LocalTeacher, Recipe, VllmConfig
 from engine.run_dir import RunDir
 from engine.types import SamplingParams
 from teacher.fingerprint import fingerprint
@@ -355,12 +355,24 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
             raise RecipeError(f"{field}={name!r} is not a device: {error}") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"{field}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+        if device.type == "cuda" and field == "sampler.device" and recipe.sampler.backend == "vllm":
+            _check_engines(recipe.sampler.vllm, first=device.index or 0, available=torch.cuda.device_count())
         try:
             torch.empty(1, device=device).cpu()
         except Exception as error:  # each back end has its own: RuntimeError, AssertionError, ImportError
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise RecipeError(f"{field}={name!r} cannot compute here: {reason}; use 'cpu' or 'cuda:N'") from error
     return ", ".join(f"{field}={name}" for field, name in named.items()), None
+
+
+def _check_engines(vllm: VllmConfig, *, first: int, available: int) -> None:
+    needed = vllm.num_engines * vllm.tensor_parallel * vllm.data_parallel
+    if first + needed > available:
+        raise RecipeError(
+            f"sampler.vllm: num_engines={vllm.num_engines} × tensor_parallel={vllm.tensor_parallel} × data_parallel="
+            f"{vllm.data_parallel} need {needed} devices from number {first} on, this machine has {available}; "
+            "lower one of them"
+        )
 
 
 def _vllm() -> tuple[str, None]:

@@ -136,6 +136,8 @@ class VllmFleet:
             AnswerLost: the engine that it was in is gone.
         """
         await self._until(lambda: bool(self._live()))
+        if request.request_id in self._of:
+            raise ValueError(f"request {request.request_id} is open already; ids must be unique among the open ones")
         place = choose_place(self._live(), request.token_ids, num_slots=self._num_slots)
         place.open[request.token_ids] += 1
         place.num_open += 1
@@ -149,7 +151,7 @@ class VllmFleet:
             place.open[request.token_ids] -= 1
             if not place.open[request.token_ids]:
                 del place.open[request.token_ids]
-            self._of.pop(request.request_id, None)
+            del self._of[request.request_id]
 
     async def generate_wave(
         self, requests: Sequence[GenerationRequest], *, on_begin: Callable[[int, int], None] | None = None
