@@ -123,6 +123,8 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
     attempt("devices", lambda: _devices(recipe))
     if recipe.sampler.backend == "vllm":
         attempt("vllm", _vllm)
+    if recipe.learner.lora is not None:
+        attempt("lora", _peft)
     attempt("port", lambda: _port(recipe))
     if recipe.sinks.tensorboard or recipe.sinks.wandb.project is not None:
         attempt("sinks", lambda: (check_sinks(recipe, out or Path("runs") / recipe.name), None))
@@ -384,6 +386,14 @@ def _vllm() -> tuple[str, None]:
         )
     names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
     return f"{names[0]} {importlib.metadata.version(names[0])} is installed", None
+
+
+def _peft() -> tuple[str, None]:
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError(
+            "learner.lora needs the package peft, which is not installed here: pip install 'slipstream[lora]'"
+        )
+    return f"peft {importlib.metadata.version('peft')} is installed", None
 
 
 def _disk(recipe: Recipe, student: Student, out: Path | None) -> tuple[str, None]:
