@@ -177,7 +177,7 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     sampler gets merged weights."""
 
     rank: Annotated[int, Meta(ge=1, le=512)] = 16
-    alpha: PositiveFloat = 32.0
+    alpha: Positive = 32
     """Over ``rank``, what the product of the two halves is multiplied with."""
     target_modules: Annotated[tuple[str, ...], Meta(min_length=1)] = (
         "q_proj",

@@ -16,7 +16,7 @@ from tests.engine.generation.contract import request
 from tests.engine.training.cases import make_scored
 from tests.support.models import tiny_model
 
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(rank=4, alpha=8)
 
 
 async def test_adapter_bytes_alone_travel_and_the_engine_then_thinks_what_the_learner_thinks(root: Path) -> None:
