@@ -19,6 +19,7 @@ from tests.support.models import tiny_model
 LORA = LoraConfig(rank=4, alpha=8)
 
 
+@pytest.mark.slow
 async def test_adapter_bytes_alone_travel_and_the_engine_then_thinks_what_the_learner_thinks(root: Path) -> None:
     folder = tiny_model(root / "lora", arch="qwen3", hidden=128, scale=0.1)
     student = StudentConfig(path=str(folder))

@@ -57,30 +57,3 @@ async def test_new_weights_take_over_in_the_middle_of_answers_on_a_gpu(
             expected = reference_logprobs(models[span.version % 2], one.token_ids, answer.token_ids)
             assert answer.logprobs[span.start : span.end] == pytest.approx(expected[span.start : span.end], abs=1e-3)
     await generator.stop()
-
-
-@pytest.mark.gpu
-async def test_copies_of_one_engine_on_several_gpus_answer_alike_and_all_get_new_weights(tmp_path: Path) -> None:
-    """Data parallel. vLLM's CPU build cannot: it knows no group of engine cores without devices of their own."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs, this machine has one")
-    folders = [tiny_model(tmp_path / str(seed), arch="qwen3", hidden=128, seed=seed, scale=0.1) for seed in (0, 1)]
-    models = [load(folder) for folder in folders]
-    generator = VllmGenerator(
-        config=SamplerConfig(
-            backend="vllm",
-            num_slots=2,
-            device="cuda:0",
-            vllm=VllmConfig(kv_cache_bytes=256 << 20, eager=True, data_parallel=2),
-        ),
-        student=StudentConfig(path=str(folders[0])),
-        max_length=512,
-    )
-    await generator.start()
-    await generator.update_weights(1, buckets_of(models[1]), config=WeightsConfig())
-    asked = [request(i) for i in range(8)]
-
-    for one, answer in zip(asked, await asyncio.gather(*map(generator.generate, asked)), strict=True):
-        expected = reference_logprobs(models[1], one.token_ids, answer.token_ids)
-        assert answer.logprobs == pytest.approx(expected, abs=1e-3)
-    await generator.stop()
