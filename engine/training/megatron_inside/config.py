@@ -6,6 +6,7 @@ the layout). All fusions that need kernels of their own are off unless Transform
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         "perform_initialization": False,  # all weights are loaded
         # How.
         "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, without experts, too
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
@@ -69,9 +71,12 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         **_recompute(config),
         **({} if shape.experts is None else _experts(shape.experts, config)),
     }
-    if shape.latent is None:
-        return TransformerConfig(**options)
-    return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
+    with warnings.catch_warnings():
+        # About CUDA graphs, which are not asked for, and about recomputing what a fused attention does not keep.
+        warnings.filterwarnings("ignore", message="full scope is deprecated|If you are using transformer_engine")
+        if shape.latent is None:
+            return TransformerConfig(**options)
+        return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
 
 
 def ddp_config(config: MegatronConfig) -> DistributedDataParallelConfig:
@@ -128,7 +133,6 @@ def _experts(experts: Experts, config: MegatronConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": uses_transformer_engine(),
         "moe_permute_fusion": False,
     }
