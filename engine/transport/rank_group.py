@@ -283,7 +283,7 @@ class RankGroup:
                     first_error = (rank, answer)
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         if first_error is not None:
-            raise self._error_of_all(*first_error, what)
+            raise self._error_of_all(answers, what)
         return [answers[rank.rank] for rank in self._ranks]
 
     def _item(self, answers: Sequence[Answer]) -> StreamItem | None:
@@ -296,10 +296,15 @@ class RankGroup:
 
     # How it ends.
 
-    def _error_of_all(self, rank: RankProcess, raised: Raised, what: str) -> Exception:
+    def _error_of_all(self, answers: Mapping[int, Answer], what: str) -> Exception:
         """Every rank has answered, at least one of them with an error: none hangs."""
-        expected = _travelling(rank.rank, raised)
-        return self._lost_by_error(rank, raised, what) if expected is None else expected
+        errors = [(rank, answer) for rank in self._ranks if isinstance(answer := answers[rank.rank], Raised)]
+        for rank, raised in errors:
+            if _travelling(rank.rank, raised) is None:
+                return self._lost_by_error(rank, raised, what)
+        expected = _travelling(errors[0][0].rank, errors[0][1])
+        assert expected is not None
+        return expected
 
     def _lost_by_error(self, rank: RankProcess, raised: Raised, what: str) -> Exception:
         lost = self._lose(

@@ -90,7 +90,7 @@ class RealCounter:
     def pieces(self, num: int, size: int, in_place: bool, fail_at: int = -1) -> Iterator[Bucket]:
         assert not torch.is_grad_enabled()
         for i in range(num):
-            if i == fail_at and self._rank == 1:
+            if i == fail_at:
                 raise NonFiniteError(f"item {i}")
             ones = torch.ones(1)
             dist.all_reduce(ones, group=self._beside)
