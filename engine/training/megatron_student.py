@@ -209,7 +209,11 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
         return Rope(theta=theta)
     if kind == "llama3" and not is_latent:
         # Megatron has these three as constants.
-        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        fixed: dict[str, object] = {
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        }
         for name, value in fixed.items():
             refuse.unless(parameters.get(name) == value, f"rope {name}={parameters.get(name)}", str(value))
         return Rope(theta=theta, kind="llama3", factor=float(parameters["factor"]))

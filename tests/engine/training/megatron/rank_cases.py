@@ -1,0 +1,90 @@
+"""Rollouts and settings for ranks, and how rollouts are dealt to them. No torch: the tests themselves import it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.megatron_config import MegatronConfig
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
+from engine.training.rank_work import RankMicroBatch, RankRollout, RankSettings, RankWork
+from teacher.protocol import Scores
+
+LEARNER = LearnerConfig(
+    backend="megatron",
+    lr=1e-2,
+    eps=1e-2,
+    weight_decay=0.1,
+    grad_clip=0.5,
+    warmup_steps=2,
+    micro_batch_tokens=128,
+    megatron=MegatronConfig(dtype="float32"),
+)
+"""A large eps keeps Adam's first steps smooth: with 1e-8 they are ±lr, whatever rounding says the sign is."""
+
+NUM_STEPS = 10
+
+
+def settings(
+    folder: Path, layout: dict[str, Any] | None = None, *, objective: ObjectiveConfig | None = None, **changes: Any
+) -> RankSettings:
+    """``changes`` are fields of ``LEARNER``."""
+    megatron = msgspec.structs.replace(LEARNER.megatron, **(layout or {}))
+    return RankSettings(
+        learner=msgspec.structs.replace(LEARNER, megatron=megatron, **changes),
+        student=StudentConfig(path=str(folder)),
+        objective=objective or ObjectiveConfig(),
+        num_steps=NUM_STEPS,
+        seed=0,
+    )
+
+
+def num_ranks(layout: dict[str, Any]) -> int:
+    return MegatronConfig(**layout).num_ranks
+
+
+def make_rollouts(num_rollouts: int, *, vocab_size: int, seed: int = 0, top_k: int = 5) -> list[RankRollout]:
+    """Of different lengths; prompts, answers and teacher are random, a function of ``seed`` and the place in the list."""
+    rollouts = []
+    for index in range(num_rollouts):
+        random = np.random.default_rng([seed, index])
+        prompt = random.integers(3, vocab_size, random.integers(1, 9), dtype=np.int32)
+        response = random.integers(3, vocab_size, random.integers(1, 13), dtype=np.int32)
+        logits = 2.0 * random.standard_normal((len(response), vocab_size))
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        top_ids = np.argsort(-logprobs, axis=1)[:, :top_k].astype(np.int32)
+        scores = Scores(
+            top_ids=top_ids,
+            top_logprobs=np.take_along_axis(logprobs, top_ids, axis=1).astype(np.float32),
+            sampled_logprobs=logprobs[np.arange(len(response)), response].astype(np.float32),
+        )
+        rollouts.append(
+            RankRollout(
+                index=index,
+                prompt_ids=prompt,
+                response_ids=response,
+                scores=scores,
+                sampling_logprobs=(-2.0 - random.random(len(response))).astype(np.float32),
+            )
+        )
+    return rollouts
+
+
+def deal(
+    rollouts: Sequence[RankRollout], *, share: int, num_shares: int, is_last_stage: bool, per_pass: int = 2
+) -> RankWork:
+    """What the data-parallel share ``share`` gets: every ``num_shares``-th rollout, in passes of ``per_pass``; as many
+    passes as the largest share needs."""
+    mine = [rollout if is_last_stage else msgspec.structs.replace(rollout, scores=None) for rollout in rollouts]
+    mine = mine[share::num_shares]
+    largest = -(-len(rollouts) // num_shares)
+    return RankWork(
+        micro_batches=tuple(
+            RankMicroBatch(rollouts=tuple(mine[start : start + per_pass])) for start in range(0, largest, per_pass)
+        )
+    )

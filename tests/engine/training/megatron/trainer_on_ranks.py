@@ -1,0 +1,123 @@
+"""What ranks do in the tests of the trainer; imports Megatron, so it is loaded in ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from engine.training.megatron_inside.convert import held_tensors
+from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
+from engine.training.rank_work import RankReport, RankRollout, RankSettings, RankWork
+from engine.transport.shared_arrays import SharedBuffers
+from engine.types import StepReport
+from tests.engine.training.megatron.rank_cases import deal
+
+Pieces = list[tuple[str, tuple[slice, ...], Tensor]]
+"""Of Hugging Face tensors: name, where in it, values. NaN where this rank does not know."""
+
+
+class Steps(NamedTuple):
+    """What one rank saw."""
+
+    reports: list[RankReport]
+    """Of all calls of ``accumulate``."""
+    steps: list[StepReport]
+    gradients: list[Pieces]
+    """Of each step, divided by the tokens, not yet clipped."""
+
+
+def made(settings: RankSettings) -> MegatronRankTrainer:
+    trainer = make_trainer(settings=settings, buffers=SharedBuffers())
+    return trainer
+
+
+def dealt(rollouts: Sequence[RankRollout], **options: Any) -> RankWork:
+    """This rank's share."""
+    return deal(
+        rollouts,
+        share=parallel_state.get_data_parallel_rank(),
+        num_shares=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        **options,
+    )
+
+
+def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[RankRollout]]], **options: Any) -> Steps:
+    """Steps of calls of rollouts."""
+    seen = Steps(reports=[], steps=[], gradients=[])
+    for calls in steps:
+        for rollouts in calls:
+            report = trainer.accumulate(dealt(rollouts, **options))
+            seen.reports.extend([] if report is None else [report])
+        with _ToldGradients(trainer, seen.gradients.append):
+            done = trainer.finish_step()
+        seen.steps.extend([] if done is None else [done])
+    return seen
+
+
+def train(
+    settings: RankSettings,
+    steps: Sequence[Sequence[Sequence[RankRollout]]],
+    save: Path | None = None,
+    load: Path | None = None,
+    **options: Any,
+) -> Steps:
+    trainer = made(settings)
+    if load is None:
+        trainer.start()
+    else:
+        trainer.load(load)
+    seen = take_steps(trainer, steps, **options)
+    if save is not None:
+        trainer.save(save)
+    trainer.stop()
+    return seen
+
+
+class _ToldGradients:
+    """While it lasts, the optimizer tells of the gradient before it clips it."""
+
+    def __init__(self, trainer: MegatronRankTrainer, tell: Callable[[Pieces], None]) -> None:
+        self._trainer, self._tell = trainer, tell
+
+    def __enter__(self) -> None:
+        loaded = self._trainer._loaded
+        optimizer = loaded.optimizer
+        self._step = optimizer.step
+
+        def step(**options: Any) -> None:
+            self._tell(list(_pieces(self._trainer)))
+            self._step(**options)
+
+        optimizer.step = step  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._trainer._loaded.optimizer.step = self._step  # type: ignore[method-assign]
+
+
+def _pieces(trainer: MegatronRankTrainer) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
+    """Of the gradient that the optimizer will use; each data-parallel rank has a part of each parameter."""
+    loaded = trainer._loaded
+    gradients: dict[int, Tensor] = {}
+    for part in loaded.optimizer.megatron.chained_optimizers:
+        for model_groups, main_groups in (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ):
+            for models, mains in zip(model_groups, main_groups, strict=True):
+                for model, main in zip(models, mains, strict=True):
+                    held = part._get_model_param_range_map(model)["param"]
+                    whole = torch.full((model.numel(),), float("nan"))
+                    whole[held.start : held.end] = main.grad.float().cpu()
+                    gradients[id(model)] = whole.view(model.shape)
+    for name, tensor, parts in held_tensors([unwrapped(loaded.chunk)], loaded.shape):
+        if tensor.requires_grad and id(tensor) in gradients:
+            for piece in parts.pieces:
+                yield piece.name, piece.there, gradients[id(tensor)][piece.here].clone()
