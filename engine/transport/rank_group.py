@@ -129,6 +129,11 @@ class RankGroup:
         return f"<RankGroup {self._name!r} of {self._num_ranks} {state}>"
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the next call would say so."""
+        return self._failure is not None
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """Process ids of the ranks, in order."""
         return tuple(rank.process.pid for rank in self._ranks)
