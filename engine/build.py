@@ -179,7 +179,8 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
 def _num_slots(recipe: Recipe) -> int:
     """Answers that are decoded side by side."""
     sampler = recipe.sampler
-    return sampler.num_slots * (sampler.vllm.data_parallel if sampler.backend == "vllm" else 1)
+    copies = sampler.vllm.num_engines * sampler.vllm.data_parallel
+    return sampler.num_slots * (copies if sampler.backend == "vllm" else 1)
 
 
 def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
@@ -308,11 +309,14 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
 def _generator(recipe: Recipe) -> Generator:
     if recipe.sampler.backend == "vllm":
         from engine.generation.vllm import VllmGenerator
+        from engine.generation.vllm_fleet import VllmFleet
 
-        return VllmGenerator(
+        make = VllmGenerator if recipe.sampler.vllm.num_engines == 1 else VllmFleet
+        return make(
             config=recipe.sampler,
             student=recipe.student,
             max_length=longest(recipe),
+            weights=recipe.weights,
             weights_device=recipe.learner.device,
         )
     from engine.generation.hf import HFGenerator
@@ -326,8 +330,9 @@ def _weight_probe(
     if recipe.weights.verify_every == 0:
         return None
     from engine.generation.vllm import VllmGenerator
+    from engine.generation.vllm_fleet import VllmFleet
 
-    assert isinstance(generator, VllmGenerator), "the recipe allows no other"
+    assert isinstance(generator, VllmGenerator | VllmFleet), "the recipe allows no other"
     return WeightProbe(
         generator=generator,
         learner=trainer.score,
