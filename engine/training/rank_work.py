@@ -28,6 +28,8 @@ from teacher.protocol import Scores
 if TYPE_CHECKING:
     import torch
 
+    from engine.generation.shareable import Address
+
 FACTORY = "engine.training.megatron_inside.trainer:make_trainer"
 """What every rank calls, as ``make_trainer(settings=RankSettings, buffers=ExportBuffers) -> RankTrainer``, when
 torch.distributed is initialised, and on a GPU the rank's device set. It loads nothing: ``start`` and ``load`` do."""
@@ -50,6 +52,15 @@ class ExportBuffers(Protocol):
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """[num_bytes] uint8 on ``device``, the other piece at every call: once for each bucket."""
+        ...
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Of the piece taken last: its number, and of how many memories that it has had this is the latest."""
+        ...
+
+    def address(self) -> Address:
+        """Of the piece taken last, for another rank to map it, once."""
         ...
 
 

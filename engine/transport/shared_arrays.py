@@ -180,6 +180,17 @@ class SharedBuffers:
             buffer.serial += 1
         return buffer.tensor[:num_bytes]
 
+    @property
+    def taken(self) -> tuple[int, int]:
+        """The buffer taken last: its number, and of how many memories that it has had this is the latest."""
+        return self._turn, self._buffers[self._turn].serial
+
+    def address(self) -> Address:
+        """Of the buffer taken last, for one mapping by another rank."""
+        memory = self._buffers[self._turn].memory
+        assert memory is not None, "nothing was taken"
+        return memory.address()
+
     def piece(self, item: NamedTensors) -> Piece:
         """Where the item lies; it is copied into the next buffer unless it lies in one. Returns when it is written."""
         tensors = [tensor.detach() for tensor in item.tensors]
