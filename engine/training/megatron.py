@@ -88,7 +88,7 @@ class MegatronTrainer:
 
     def accumulate(self, micro_batch: Sequence[ScoredRollout[Scores]]) -> MicroBatchReport:
         batches.check(micro_batch)
-        total, allowed = batches.num_tokens(micro_batch), micro_batch_budget(self._config)
+        total, allowed = batches.num_tokens(micro_batch), self._config.tokens_at_a_time
         if total > allowed:
             raise ValueError(
                 f"the micro-batch has {total} prompt and response tokens, the learner takes {allowed} at a time "
@@ -197,14 +197,6 @@ class MegatronTrainer:
     def _of_rank_0(results: Sequence[Any], method: str) -> Any:
         assert results[0] is not None, f"rank 0 reports {method}"
         return results[0]
-
-
-def micro_batch_budget(config: LearnerConfig) -> int:
-    """Prompt and response tokens that ``accumulate`` takes at a time; a single rollout may still have no more than
-    ``micro_batch_tokens``."""
-    if config.backend != "megatron":
-        return config.micro_batch_tokens
-    return config.micro_batch_tokens * config.megatron.data_parallel * config.megatron.num_micro_batches
 
 
 def _together(reports: Sequence[RankReport], micro_batch: Sequence[ScoredRollout[Scores]]) -> MicroBatchReport:
