@@ -12,8 +12,8 @@ What to change first:
   family. ``--check`` compares both and says what differs.
 * ``teacher_url``: the teacher service. On a machine of its own, with eight GPUs that hold DeepSeek-V3:
 
-      python -m teacher --backend vllm --model models/DeepSeek-V3 --tensor-parallel 8 --dtype auto --host 0.0.0.0 \\
-          --port 8765 --token-file teacher.token --max-length 4097 --max-top-k 256
+      python -m teacher --backend vllm --model models/DeepSeek-V3 --device cuda:0 --tensor-parallel 8 --dtype auto \\
+          --host 0.0.0.0 --port 8765 --token-file teacher.token --max-length 4097 --max-top-k 256
 
   and here ``--set teacher.token_file=teacher.token``. More replicas: ``--set teacher.urls='["http://a:8765", …]'``.
 
