@@ -246,7 +246,7 @@ class RankGroup:
 
     def _send(self, lane: str, messages: Sequence[Message], what: str, timeout_s: float) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise RanksLost(str(self._failure))
         for rank, message in zip(self._ranks, messages, strict=True):
             wire: Wire = getattr(rank, lane)
             try:
@@ -263,7 +263,7 @@ class RankGroup:
             RanksLost, or one of TRAVELLING: as ``call`` says.
         """
         if self._failure is not None:
-            raise self._failure
+            raise RanksLost(str(self._failure))
         deadline = time.monotonic() + timeout_s
         told_s = timeout_s if told_s is None else told_s
         answers: dict[int, Answer] = {}
