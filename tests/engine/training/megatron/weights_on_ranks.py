@@ -16,8 +16,8 @@ from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.model import StudentModel, build_model
 from engine.training.megatron_student import StudentShape, check_layout, read_shape
 from engine.training.student_files import write_weights
-from engine.transport.shared_arrays import SharedBuffers
 from engine.transport.manifest import digest_of
+from engine.transport.shared_arrays import SharedBuffers
 
 
 def loaded(folder: Path, layout: Mapping[str, Any]) -> tuple[list[StudentModel], StudentShape]:
