@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from engine.generation.protocol import Bucket
 from engine.megatron_config import MegatronConfig
 from engine.training.megatron_inside import parallel
 from engine.training.megatron_inside.convert import load_hf
 from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.model import StudentModel, build_model
+from engine.training.megatron_inside.save import save_student
 from engine.training.megatron_student import StudentShape, check_layout, read_shape
-from engine.training.student_files import write_weights
 from engine.transport.manifest import digest_of
 from engine.transport.shared_arrays import SharedBuffers
 
@@ -49,11 +47,6 @@ def there_and_back(folder: Path, layout: Mapping[str, Any], saved: Path | None) 
     exporter = Exporter(chunks, shape, buffers=SharedBuffers())
     found = [fingerprints(exporter.buckets(bucket_bytes=size)) for size in (1 << 12, 1 << 30)]
     if saved is not None:
-        buckets = exporter.buckets(bucket_bytes=1 << 14)
-        if dist.get_rank() == 0:
-            saved.mkdir()
-            write_weights(exporter.specs, buckets, saved, shard_bytes=1 << 16)
-        else:
-            assert not any(bucket.names for bucket in buckets)
+        save_student(exporter, source=folder, folder=saved)
     exporter.close()
     return found
