@@ -214,13 +214,13 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
             refuse.unless(parameters.get(name) == value, f"rope {name}={parameters.get(name)}", str(value))
         return Rope(theta=theta, kind="llama3", factor=float(parameters["factor"]))
     refuse.unless(kind == "yarn" and is_latent, f"rope of type {kind!r}", "default, llama3, or yarn of deepseek_v3")
-    for name, value in (("attention_factor", None), ("truncate", True)):
+    expected: dict[str, object] = {"attention_factor": None, "truncate": True}
+    for name, value in expected.items():
         refuse.unless(parameters.get(name, value) == value, f"rope {name}={parameters.get(name)}", str(value))
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     refuse.unless(
         bool(mscale) or not mscale_all_dim, f"rope mscale_all_dim={mscale_all_dim} without mscale", "both or none"
     )
-    both = bool(mscale and mscale_all_dim)
     return Rope(
         theta=theta,
         kind="yarn",
@@ -229,8 +229,8 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
         beta_fast=float(parameters.get("beta_fast") or 32),
         beta_slow=float(parameters.get("beta_slow") or 1),
         # With only one of the two, transformers takes neither.
-        mscale=float(mscale) if both else 1.0,
-        mscale_all_dim=float(mscale_all_dim) if both else 0.0,
+        mscale=float(mscale) if mscale and mscale_all_dim else 1.0,
+        mscale_all_dim=float(mscale_all_dim) if mscale and mscale_all_dim else 0.0,
     )
 
 

@@ -79,14 +79,9 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
 
 
-def ddp_config(config: MegatronConfig) -> DistributedDataParallelConfig:
-    """Of gradients."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.distributed_optimizer,
-        overlap_grad_reduce=config.overlap_grad_reduce,
-        overlap_param_gather=config.overlap_param_gather,
-    )
+def ddp_config() -> DistributedDataParallelConfig:
+    """Of gradients: summed in float32, once per step."""
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
 
 
 def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
@@ -102,8 +97,7 @@ def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
         clip_grad=0.0,
         bf16=config.dtype == "bfloat16",
         params_dtype=DTYPES[config.dtype],
-        use_distributed_optimizer=config.distributed_optimizer,
-        overlap_param_gather=config.overlap_param_gather,
+        use_distributed_optimizer=True,
     )
 
 

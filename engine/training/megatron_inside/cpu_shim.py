@@ -44,7 +44,7 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     _Installed.mode = _CudaIsCpu()
-    _Installed.mode.__enter__()
+    _Installed.mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def install_megatron() -> None:
