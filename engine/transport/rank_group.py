@@ -120,13 +120,18 @@ class RankGroup:
         self._arrays = ArrayWriter()
         self._pieces = PieceReader()
         self._processes: RankProcesses | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: object = None
         self._failure: RanksLost | None = None
         self._failing = threading.Lock()
 
     def __repr__(self) -> str:
         state = "not started" if self._processes is None else "lost" if self._failure is not None else "running"
         return f"<RankGroup {self._name!r} of {self._num_ranks} {state}>"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the next call would say so."""
+        return self._failure is not None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -399,7 +404,7 @@ class RankGroup:
         """Start the store where the ranks meet; its port. Ours alone to listen: torch would on all addresses."""
         listener = socket.create_server((LOOPBACK, 0))
         port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK,
             port,
             is_master=True,

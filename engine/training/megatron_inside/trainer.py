@@ -80,12 +80,13 @@ class MegatronRankTrainer:
         self._state = self._load(Path(self._student.path), weights=True)
         self._step = StepSums()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
         """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken. It may have been
         written in another layout."""
         loaded = self._load(folder / STUDENT, weights=False)
         self.version = checkpoint.load(folder / TRAINER, loaded.chunk, loaded.optimizer)
         self._state, self._step = loaded, StepSums()
+        return self.version
 
     def accumulate(self, work: RankWork) -> RankReport | None:
         sums, is_first = self._step, self._step.num_calls == 0

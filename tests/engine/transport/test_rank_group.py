@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_arrays_keep_shape_and_dtype_when_they_are_empty_or_not_contiguous(group
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_tensors_come_back_bit_for_bit_and_the_next_ones_are_made_meanwhile(group: RankGroup, in_place: bool) -> None:
-    kept = []
+    kept: list[tuple[Sequence[str], list[torch.Tensor], list[torch.Tensor]]] = []
     for names, tensors in group.stream("pieces", num=5, size=64, in_place=in_place):
         assert all(
             tensor.data_ptr() not in {t.data_ptr() for _, old, _ in kept[-1:] for t in old} for tensor in tensors
