@@ -51,6 +51,7 @@ BENCHES = (
     Bench("report"),
     Bench("simulation"),
     Bench("phases"),
+    Bench("export"),
     Bench("end_to_end"),
     Bench("logprobs", is_quick=False, reports=False),
     Bench("gpu_losses", is_quick=False, reports=False),
