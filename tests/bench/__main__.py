@@ -50,6 +50,7 @@ BENCHES = (
     Bench("trace"),
     Bench("report"),
     Bench("simulation"),
+    Bench("megatron"),
     Bench("phases"),
     Bench("export"),
     Bench("end_to_end"),
