@@ -130,6 +130,14 @@ def test_an_iterator_closed_early_leaves_the_ranks_ready_for_the_next(group: Ran
     assert len(list(group.stream("pieces", num=2, size=8, in_place=False))) == 2
 
 
+def test_an_iterator_that_somebody_still_holds_does_not_disturb_the_next(group: RankGroup) -> None:
+    held = group.stream("pieces", num=9, size=8, in_place=False)
+    next(held)
+
+    assert [names[0] for names, _ in group.stream("pieces", num=2, size=8, in_place=False)] == ["a0", "a1"]
+    assert list(held) == []
+
+
 def test_an_expected_error_of_all_ranks_is_raised_as_itself_and_the_group_goes_on(group: RankGroup) -> None:
     with pytest.raises(NonFiniteError, match="as told, in rank 0") as caught:
         group.call("refuse", {"ranks": [0, 1], "kind": "NonFiniteError", "meet": True})
