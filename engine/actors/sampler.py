@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from engine.actor import Actor
 from engine.actors.in_flight import first_of, work_through
-from engine.errors import EndOfChannel
+from engine.errors import AnswerLost, EndOfChannel
 from engine.generation.protocol import Generation, GenerationRequest, Generator
 from engine.schedule import Schedule
 from engine.tracing import log, span
@@ -113,12 +113,20 @@ class Sampler(Actor):
             return
         rollout_id = prompt.rollout_id
         with span("sampler.rollout", rollout_id=rollout_id) as facts:
-            generation = await self._generator.generate(
-                self._request(prompt), on_begin=lambda version: self._schedule.begun(rollout_id, version)
-            )
+            generation = await self._generate(prompt)
             rollout = _rollout(prompt, generation)
             facts.add(**_facts(rollout))
         await self._pass_on(rollout)
+
+    async def _generate(self, prompt: Prompt) -> Generation:
+        rollout_id = prompt.rollout_id
+        while True:
+            try:
+                return await self._generator.generate(
+                    self._request(prompt), on_begin=lambda version: self._schedule.begun(rollout_id, version)
+                )
+            except AnswerLost as lost:
+                self._schedule.requeued(prompt, str(lost))
 
     async def _answer_wave(self, prompts: list[Prompt]) -> None:
         # In order of tickets, whatever the order of arrival: what shares a decode step decides the last bits.

@@ -89,6 +89,7 @@ class Generator(Protocol):
 
         Raises:
             Aborted: ``abort`` was called for this request.
+            AnswerLost: one of several engines is gone, and this answer with it; ask again.
             GeneratorDied: the engine is gone.
             ValueError: prompt and answer do not fit the model's positions, or a token id is out of range.
         """

@@ -20,7 +20,6 @@ import torch
 
 from engine.errors import GeneratorDied, ModelError, RecipeError
 from engine.generation.protocol import GenerationRequest
-from engine.generation.segment import Packed
 from engine.generation.top_ids import pack_ids
 from engine.precision import compute_dtype
 from engine.recipe import SamplerConfig, StudentConfig
@@ -79,12 +78,14 @@ class VllmEngine:
         max_length: int | None,
         version: int,
         on_step: Callable[[StepCounts], None],
+        transfer_backend: str,
     ) -> VllmEngine:
         """Start the processes, load the student, decode one token.
 
         Args:
             max_length: tokens of prompt and answer; None: the student's positions.
             on_step: called on the event loop after every step, before its answers are handed out.
+            transfer_backend: by which weights will come, among vLLM's and those of ``vllm_inside.worker``.
 
         Raises:
             ModelError: vLLM cannot run this model.
@@ -93,7 +94,9 @@ class VllmEngine:
         """
         starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         made: list[Any] = []
-        making = asyncio.get_running_loop().run_in_executor(starter, _make, config, student, max_length, on_step, made)
+        making = asyncio.get_running_loop().run_in_executor(
+            starter, _make, config, student, max_length, on_step, transfer_backend, made
+        )
         try:
             await asyncio.shield(making)
         except asyncio.CancelledError:
@@ -115,6 +118,12 @@ class VllmEngine:
     @property
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a piece of the student, or all of it."""
+        parallel = self._engine.vllm_config.parallel_config
+        return int(parallel.world_size * parallel.data_parallel_size)
 
     @property
     def max_length(self) -> int:
@@ -163,14 +172,22 @@ class VllmEngine:
             self._salt += 1
         await self._alive(self._engine.pause_generation(mode="keep", clear_cache=clear_cache))
 
-    async def load(self, packed: Packed, *, version: int) -> None:
-        """Become ``version``; only while paused."""
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """What the back end of the transfer API must know of the other side, once."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._alive(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
+
+    async def load(self, update_info: dict[str, Any], *, version: int) -> None:
+        """Become ``version``; only while paused.
+
+        Args:
+            update_info: what the back end of the transfer API must know of it.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._alive(self._engine.start_weight_update())
-        # The handles of GPU memory are bytes, which vLLM's messages carry as they are.
-        request = WeightTransferUpdateRequest(update_info=msgspec.to_builtins(packed, builtin_types=(bytes,)))
-        await self._alive(self._engine.update_weights(request))
+        await self._alive(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
         await self._alive(self._engine.finish_weight_update(weight_version=str(version)))
 
     async def resume(self) -> None:
@@ -203,14 +220,12 @@ class VllmEngine:
 
     async def _first_token(self, version: int) -> None:
         from vllm import SamplingParams
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=1, detokenize=False, ignore_eos=True)
         outputs = self._outputs(_prompt((0,), self._salt), params, "first", on_first=lambda: None)
         async with contextlib.aclosing(outputs):
             async for _ in outputs:
                 pass
-        await self._alive(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={})))
         await self._alive(self._engine.update_weight_version(str(version)))
 
     async def _outputs(
@@ -308,6 +323,7 @@ def _make(
     student: StudentConfig,
     max_length: int | None,
     on_step: Callable[[StepCounts], None],
+    transfer_backend: str,
     made: list[Any],
 ) -> None:
     """Blocks until the engine has loaded its model: half a minute and more. In a thread of its own, without a loop.
@@ -329,7 +345,9 @@ def _make(
             ) from error
     with _environment(_log_settings() | _engine_settings(config, device)):
         try:
-            args = AsyncEngineArgs(**engine_arguments(config, student, max_length=max_length))
+            args = AsyncEngineArgs(
+                **engine_arguments(config, student, max_length=max_length, transfer_backend=transfer_backend)
+            )
             settings = args.create_engine_config()
         except ValueError as error:
             raise ModelError(f"student {student.path!r}: vLLM cannot run it as configured: {error}") from error
@@ -343,7 +361,9 @@ def _make(
             raise GeneratorDied(f"the vLLM engine did not start: {error}; its own messages are on stderr") from error
 
 
-def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_length: int | None) -> dict[str, Any]:
+def engine_arguments(
+    config: SamplerConfig, student: StudentConfig, *, max_length: int | None, transfer_backend: str
+) -> dict[str, Any]:
     """What ``AsyncEngineArgs`` is made from."""
     from vllm.config import WeightTransferConfig
 
@@ -374,7 +394,7 @@ def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_lengt
         "logprobs_mode": "processed_logprobs",
         # The first token of an answer is told at once, the others with the last one.
         "stream_interval": 1 << 30,
-        "weight_transfer_config": WeightTransferConfig(backend="shm"),
+        "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
         "worker_extension_cls": "engine.generation.vllm_inside.worker.WorkerExtension",
         "disable_log_stats": True,
     }

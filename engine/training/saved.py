@@ -43,6 +43,11 @@ def save_student(model: PreTrainedModel, source: Path, folder: Path) -> None:
         model.save_pretrained(folder)
     finally:
         model.generation_config = own
+    copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """What belongs to a model beside config and weights: tokenizer, templates, generation config."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in _OWN:
             shutil.copyfile(path, folder / path.name)

@@ -16,8 +16,9 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -120,13 +121,20 @@ class RankGroup:
         self._arrays = ArrayWriter()
         self._pieces = PieceReader()
         self._processes: RankProcesses | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: object = None
         self._failure: RanksLost | None = None
         self._failing = threading.Lock()
+        self._items: weakref.ref[Generator[StreamItem]] | None = None
+        """The iterator that was opened last."""
 
     def __repr__(self) -> str:
         state = "not started" if self._processes is None else "lost" if self._failure is not None else "running"
         return f"<RankGroup {self._name!r} of {self._num_ranks} {state}>"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the next call would say so."""
+        return self._failure is not None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -183,8 +191,16 @@ class RankGroup:
     def stream(self, method: str, **arguments: Any) -> Iterator[StreamItem]:
         """Call ``method``, which returns an iterator, and give rank 0's items; the next one is made meanwhile.
 
-        Closing it early closes the ranks' iterators. Errors as of ``call``.
+        Closing it early closes the ranks' iterators; so does the next ``stream``. Errors as of ``call``.
         """
+        # Whoever gave one up in an exception may still hold it, and its last answer waits in the lane.
+        if self._items is not None and (earlier := self._items()) is not None:
+            earlier.close()
+        items = self._stream(method, arguments)
+        self._items = weakref.ref(items)
+        return items
+
+    def _stream(self, method: str, arguments: Mapping[str, Any]) -> Generator[StreamItem]:
         raw = msgspec.Raw(msgspec.msgpack.encode(arguments, enc_hook=write_plain))
         timeout_s = self._call_timeout_s
         self._in_turn([Call(method=method, arguments=raw)] * self._num_ranks, method)
@@ -207,7 +223,8 @@ class RankGroup:
         finally:
             if self._failure is None and not self._is_closed:
                 if is_owed:
-                    self._gather("stream", method, timeout_s)
+                    # Looked at though nobody wants it: it may say where a buffer is, which is said once.
+                    self._item(self._gather("stream", method, timeout_s))
                 self._in_turn([Close()] * self._num_ranks, method)
 
     def close(self) -> None:
@@ -241,7 +258,7 @@ class RankGroup:
 
     def _send(self, lane: str, messages: Sequence[Message], what: str, timeout_s: float) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise RanksLost(str(self._failure))
         for rank, message in zip(self._ranks, messages, strict=True):
             wire: Wire = getattr(rank, lane)
             try:
@@ -258,7 +275,7 @@ class RankGroup:
             RanksLost, or one of TRAVELLING: as ``call`` says.
         """
         if self._failure is not None:
-            raise self._failure
+            raise RanksLost(str(self._failure))
         deadline = time.monotonic() + timeout_s
         told_s = timeout_s if told_s is None else told_s
         answers: dict[int, Answer] = {}
@@ -399,7 +416,7 @@ class RankGroup:
         """Start the store where the ranks meet; its port. Ours alone to listen: torch would on all addresses."""
         listener = socket.create_server((LOOPBACK, 0))
         port: int = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
             LOOPBACK,
             port,
             is_master=True,

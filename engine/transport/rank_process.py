@@ -38,8 +38,9 @@ import socket  # noqa: E402
 import threading  # noqa: E402
 import traceback  # noqa: E402
 import typing  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Generator, Iterator  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
 import msgspec  # noqa: E402
@@ -107,7 +108,7 @@ class _Rank:
 
     def close(self) -> Answer:
         opened, self._open = self._open, None
-        if hasattr(opened, "close"):
+        if isinstance(opened, Generator):
             opened.close()
         return Done()
 
@@ -118,7 +119,9 @@ class _Rank:
 
     def _join(self, setup: Setup) -> None:
         timeout = timedelta(seconds=setup.collective_timeout_s)
-        store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False, timeout=timeout)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            setup.store_host, setup.store_port, is_master=False, timeout=timeout
+        )
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -138,7 +141,7 @@ def _work(wire: Wire, rank: _Rank) -> NoReturn:
         if isinstance(command, Bye):
             _leave()
         assert isinstance(command, Call), command
-        _answer(wire, lambda command=command: rank.call(command))  # type: ignore[misc]
+        _answer(wire, partial(rank.call, command))
 
 
 def _stream(wire: Wire, rank: _Rank) -> NoReturn:
@@ -149,7 +152,7 @@ def _stream(wire: Wire, rank: _Rank) -> NoReturn:
     while True:
         command = _receive(wire)
         if isinstance(command, Call):
-            _answer(wire, lambda command=command: rank.open(command))  # type: ignore[misc]
+            _answer(wire, partial(rank.open, command))
         elif isinstance(command, Advance):
             _answer(wire, rank.advance)
         else:
@@ -164,7 +167,7 @@ def _receive(wire: Wire) -> Command:
     return command
 
 
-def _answer(wire: Wire, do: Any) -> None:
+def _answer(wire: Wire, do: Callable[[], Answer]) -> None:
     answer: Answer
     try:
         answer = do()

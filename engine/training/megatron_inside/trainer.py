@@ -8,7 +8,7 @@ ranks, so that it does not matter how a step was cut into calls, micro-batches a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,17 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from engine.errors import NonFiniteError
+from engine.generation.protocol import Bucket
 from engine.training.megatron_inside import checkpoint, parallel
 from engine.training.megatron_inside.convert import load_hf
 from engine.training.megatron_inside.flops import peak_tflops, training_flops
+from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.loss import Found
 from engine.training.megatron_inside.model import build_model, wrap
 from engine.training.megatron_inside.optimizer import RouterBias, StepOptimizer
 from engine.training.megatron_inside.passes import Passes, run_passes
 from engine.training.megatron_inside.router_load import RouterLoad
+from engine.training.megatron_inside.save import save_student
 from engine.training.megatron_inside.step_sums import (
     OBJECTIVE_NAMES,
     StepSums,
@@ -41,7 +44,7 @@ from engine.training.protocol import EvalResult, TokenLosses
 from engine.training.rank_work import ExportBuffers, RankMicroBatch, RankReport, RankRollout, RankSettings, RankWork
 from engine.training.saved import STUDENT, TRAINER
 from engine.training.schedule import learning_rate
-from engine.transport.handoff import Uploader
+from engine.transport.handoff import Uploader, record
 from engine.types import StepReport
 from ops import ForwardKL, Objective
 from teacher.protocol import Scores
@@ -74,18 +77,23 @@ class MegatronRankTrainer:
         }
         self._state: _Loaded | None = None
         self._step = StepSums()
+        self._weights_written: torch.cuda.Event | None = None
+        """On the stream of the thread that trains, which others know only by this event."""
 
     def start(self) -> None:
         """Also raises RecipeError: the layout does not fit the student."""
         self._state = self._load(Path(self._student.path), weights=True)
         self._step = StepSums()
+        self._weights_written = record(self._device)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> int:
         """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken. It may have been
         written in another layout."""
         loaded = self._load(folder / STUDENT, weights=False)
         self.version = checkpoint.load(folder / TRAINER, loaded.chunk, loaded.optimizer)
         self._state, self._step = loaded, StepSums()
+        self._weights_written = record(self._device)
+        return self.version
 
     def accumulate(self, work: RankWork) -> RankReport | None:
         sums, is_first = self._step, self._step.num_calls == 0
@@ -143,6 +151,8 @@ class MegatronRankTrainer:
                     f"the gradient norm is {grad_norm} and the loss {totals.loss_sum / totals.num_tokens} over "
                     f"{totals.num_rollouts} rollouts; the weights are unchanged"
                 )
+        # Here, not in ``export``: by then the stream may have the next step's passes queued.
+        self._weights_written = record(self._device)
         metrics = self._metrics(totals)
         loaded.load.clear()
         self.version += 1
@@ -189,10 +199,14 @@ class MegatronRankTrainer:
             dist.all_reduce(values)  # from the last stage to rank 0: all others add zeros
         return values.tolist() if dist.get_rank() == 0 else None
 
+    def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
+        return self._loaded.exporter.buckets(bucket_bytes=bucket_bytes, written=self._weights_written)
+
     def save(self, folder: Path) -> None:
         """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
         loaded = self._loaded
         checkpoint.save(folder / TRAINER, loaded.chunk, loaded.optimizer, version=self.version)
+        save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
 
     def stop(self) -> None:
         self._state = None
@@ -202,17 +216,22 @@ class MegatronRankTrainer:
         layout = self._learner.megatron
         shape = read_shape(folder)
         check_layout(shape, layout)
+        if self._state is not None:
+            self._state.exporter.close()
+            self._state = None
         parallel.initialize(layout)
         (model,) = build_model(shape, layout)
-        if weights:
-            load_hf([model], folder, shape)
         chunk = wrap(model)
+        if weights:
+            # Not before: the wrapper rounds all that it finds to bfloat16, and the routers' biases are float32.
+            load_hf([chunk], folder, shape)
         return _Loaded(
             shape=shape,
             chunk=chunk,
             optimizer=StepOptimizer(chunk, self._learner),
             load=RouterLoad(chunk),
             uploader=Uploader(self._device),
+            exporter=Exporter([chunk], shape, buffers=self._buffers),
         )
 
     @property
@@ -289,6 +308,7 @@ class _Loaded(NamedTuple):
     optimizer: StepOptimizer
     load: RouterLoad
     uploader: Uploader
+    exporter: Exporter
 
 
 def _is_heard() -> bool:

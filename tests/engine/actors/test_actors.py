@@ -17,7 +17,7 @@ from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.scoring import request_id
 from engine.actors.teacher_proxy import TeacherProxy
-from engine.errors import GeneratorDied, TeacherRefused
+from engine.errors import AnswerLost, GeneratorDied, TeacherRefused
 from engine.flow import Flow, Train
 from engine.generation.protocol import Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.ledger import Ledger
@@ -310,6 +310,25 @@ async def test_what_a_dead_generator_held_is_sampled_again_and_nothing_else(ledg
     assert sorted(bench.rollouts[1].try_receive().rollout_id for _ in range(3)) == [0, 1, 2]
     assert bench.generator.starts == 2
     assert ledger.counts()["sampled"] == 3
+    await end(run)
+
+
+async def test_an_answer_that_one_of_several_engines_took_along_is_asked_for_again(
+    ledger: Ledger, settle: Settle
+) -> None:
+    """The generator goes on, and so does the sampler with all else that it holds."""
+    bench = Bench(ledger)
+    run = spawn(bench.sampler().run())
+    await bench.feed(2)
+    await settle()
+    bench.generator.open[0].set_exception(AnswerLost("engine 1 is gone"))
+    await settle()
+    assert sorted(bench.generator.open) == [0, 1]
+    bench.generator.answer(0, 1)
+    await settle()
+
+    assert sorted(bench.rollouts[1].try_receive().rollout_id for _ in range(2)) == [0, 1]
+    assert ledger.counts()["sampled"] == 2
     await end(run)
 
 

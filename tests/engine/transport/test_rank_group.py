@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_arrays_keep_shape_and_dtype_when_they_are_empty_or_not_contiguous(group
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_tensors_come_back_bit_for_bit_and_the_next_ones_are_made_meanwhile(group: RankGroup, in_place: bool) -> None:
-    kept = []
+    kept: list[tuple[Sequence[str], list[torch.Tensor], list[torch.Tensor]]] = []
     for names, tensors in group.stream("pieces", num=5, size=64, in_place=in_place):
         assert all(
             tensor.data_ptr() not in {t.data_ptr() for _, old, _ in kept[-1:] for t in old} for tensor in tensors
@@ -128,6 +128,14 @@ def test_an_iterator_closed_early_leaves_the_ranks_ready_for_the_next(group: Ran
     items.close()  # type: ignore[attr-defined]
 
     assert len(list(group.stream("pieces", num=2, size=8, in_place=False))) == 2
+
+
+def test_an_iterator_that_somebody_still_holds_does_not_disturb_the_next(group: RankGroup) -> None:
+    held = group.stream("pieces", num=9, size=8, in_place=False)
+    next(held)
+
+    assert [names[0] for names, _ in group.stream("pieces", num=2, size=8, in_place=False)] == ["a0", "a1"]
+    assert list(held) == []
 
 
 def test_an_expected_error_of_all_ranks_is_raised_as_itself_and_the_group_goes_on(group: RankGroup) -> None:

@@ -1,0 +1,52 @@
+"""What ranks do in ``test_weights``; imports Megatron, so it is loaded in ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.generation.protocol import Bucket
+from engine.megatron_config import MegatronConfig
+from engine.training.megatron_inside import parallel
+from engine.training.megatron_inside.convert import load_hf
+from engine.training.megatron_inside.gather import Exporter
+from engine.training.megatron_inside.model import StudentModel, build_model
+from engine.training.megatron_inside.save import save_student
+from engine.training.megatron_student import StudentShape, check_layout, read_shape
+from engine.transport.manifest import digest_of
+from engine.transport.shared_arrays import SharedBuffers
+
+
+def loaded(folder: Path, layout: Mapping[str, Any]) -> tuple[list[StudentModel], StudentShape]:
+    """This rank's part of the student in ``folder``."""
+    config = MegatronConfig(**{"dtype": "float32", **layout})
+    shape = read_shape(folder)
+    check_layout(shape, config)
+    parallel.initialize(config)
+    chunks = build_model(shape, config)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    load_hf(chunks, folder, shape)
+    return chunks, shape
+
+
+def fingerprints(buckets: Iterable[Bucket]) -> list[tuple[str, str]]:
+    """Name and digest of bits, dtype and shape of each tensor; of rank 0 alone."""
+    return [
+        (name, digest_of([(name, tensor)]))
+        for bucket in buckets
+        for name, tensor in zip(bucket.names, bucket.tensors, strict=True)
+    ]
+
+
+def there_and_back(folder: Path, layout: Mapping[str, Any], saved: Path | None) -> list[list[tuple[str, str]]]:
+    """Load, export twice with buckets of different sizes, and save if told where to."""
+    chunks, shape = loaded(folder, layout)
+    exporter = Exporter(chunks, shape, buffers=SharedBuffers())
+    found = [fingerprints(exporter.buckets(bucket_bytes=size)) for size in (1 << 12, 1 << 30)]
+    if saved is not None:
+        save_student(exporter, source=folder, folder=saved)
+    exporter.close()
+    return found
