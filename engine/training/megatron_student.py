@@ -209,18 +209,14 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
         return Rope(theta=theta)
     if kind == "llama3" and not is_latent:
         # Megatron has these three as constants.
-        fixed: dict[str, object] = {
-            "low_freq_factor": 1,
-            "high_freq_factor": 4,
-            "original_max_position_embeddings": 8192,
-        }
+        fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
         for name, value in fixed.items():
             refuse.unless(parameters.get(name) == value, f"rope {name}={parameters.get(name)}", str(value))
         return Rope(theta=theta, kind="llama3", factor=float(parameters["factor"]))
     refuse.unless(kind == "yarn" and is_latent, f"rope of type {kind!r}", "default, llama3, or yarn of deepseek_v3")
     expected: dict[str, object] = {"attention_factor": None, "truncate": True}
-    for name, value in expected.items():
-        refuse.unless(parameters.get(name, value) == value, f"rope {name}={parameters.get(name)}", str(value))
+    for name, only in expected.items():
+        refuse.unless(parameters.get(name, only) == only, f"rope {name}={parameters.get(name)}", str(only))
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     refuse.unless(
         bool(mscale) or not mscale_all_dim, f"rope mscale_all_dim={mscale_all_dim} without mscale", "both or none"

@@ -49,7 +49,7 @@ def num_ranks(layout: dict[str, Any]) -> int:
 
 
 def make_rollouts(num_rollouts: int, *, vocab_size: int, seed: int = 0, top_k: int = 5) -> list[RankRollout]:
-    """Of different lengths; prompts, answers and teacher are random, a function of ``seed`` and the place in the list."""
+    """Of different lengths; prompts, answers and teacher are random: a function of ``seed`` and the place."""
     rollouts = []
     for index in range(num_rollouts):
         random = np.random.default_rng([seed, index])

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
+import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from engine.training.megatron_inside.convert import held_tensors
+from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
 from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
 from engine.training.rank_work import RankReport, RankRollout, RankSettings, RankWork
@@ -34,8 +36,7 @@ class Steps(NamedTuple):
 
 
 def made(settings: RankSettings) -> MegatronRankTrainer:
-    trainer = make_trainer(settings=settings, buffers=SharedBuffers())
-    return trainer
+    return make_trainer(settings=settings, buffers=SharedBuffers())
 
 
 def dealt(rollouts: Sequence[RankRollout], **options: Any) -> RankWork:
@@ -117,7 +118,51 @@ def _pieces(trainer: MegatronRankTrainer) -> Iterator[tuple[str, tuple[slice, ..
                     whole = torch.full((model.numel(),), float("nan"))
                     whole[held.start : held.end] = main.grad.float().cpu()
                     gradients[id(model)] = whole.view(model.shape)
-    for name, tensor, parts in held_tensors([unwrapped(loaded.chunk)], loaded.shape):
+    for _, tensor, parts in held_tensors([unwrapped(loaded.chunk)], loaded.shape):
         if tensor.requires_grad and id(tensor) in gradients:
             for piece in parts.pieces:
                 yield piece.name, piece.there, gradients[id(tensor)][piece.here].clone()
+
+
+def logprobs(settings: RankSettings, token_ids: Sequence[int]) -> Sequence[float] | None:
+    """Of one sequence, by rank 0."""
+    trainer = made(settings)
+    trainer.start()
+    found = trainer.score(token_ids)
+    trainer.stop()
+    return found
+
+
+def logits(settings: RankSettings, sequences: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """All sequences in one packed row. Of each: which of its positions this rank knows [L] bool, and their logits
+    [that many, V]; nothing before the last stage."""
+    trainer = made(settings)
+    trainer.start()
+    loaded = trainer._loaded
+    row = make_row([np.asarray(ids, np.int32) for ids in sequences], device=torch.device("cpu"))
+    known: list[tuple[Tensor, Tensor]] = []
+
+    def forward(_: Any, chunk: Any) -> tuple[Tensor, Any]:
+        return chunk(row.token_ids, row.position_ids, None, packed_seq_params=row.packing), look
+
+    def look(hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+        part = hidden[0] @ unwrapped(loaded.chunk).head_weight.t()
+        group = parallel_state.get_tensor_model_parallel_group()
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, part, group=group)
+        whole = torch.cat(parts, dim=1)[:, : loaded.shape.vocab_size]
+        known.extend((places >= 0, whole[places[places >= 0]]) for places in row.places)
+        return hidden.sum(), torch.tensor(1), None
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(()),
+            model=loaded.chunk,
+            num_microbatches=1,
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    trainer.stop()
+    return known
