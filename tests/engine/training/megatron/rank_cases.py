@@ -1,18 +1,21 @@
-"""Rollouts and settings for ranks, and how rollouts are dealt to them. No torch: the tests themselves import it."""
+"""What tests and ranks tell each other: rollouts, settings, how rollouts are dealt, what a rank saw. Knows no Megatron,
+so that the tests' own process stays without it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from engine.megatron_config import MegatronConfig
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
-from engine.training.rank_work import RankMicroBatch, RankRollout, RankSettings, RankWork
+from engine.training.rank_work import RankMicroBatch, RankReport, RankRollout, RankSettings, RankWork
+from engine.types import StepReport
 from teacher.protocol import Scores
 
 LEARNER = LearnerConfig(
@@ -28,6 +31,23 @@ LEARNER = LearnerConfig(
 """A large eps keeps Adam's first steps smooth: with 1e-8 they are ±lr, whatever rounding says the sign is."""
 
 NUM_STEPS = 10
+
+ON_RANKS = "tests.engine.training.megatron.trainer_on_ranks"
+"""Imports Megatron, so only ranks load it."""
+
+
+Pieces = list[tuple[str, tuple[slice, ...], Tensor]]
+"""Of Hugging Face tensors: name, where in it, values. NaN where this rank does not know."""
+
+
+class Steps(NamedTuple):
+    """What one rank saw."""
+
+    reports: list[RankReport]
+    """Of all calls of ``accumulate``."""
+    steps: list[StepReport]
+    gradients: list[Pieces]
+    """Of each step, divided by the tokens, not yet clipped."""
 
 
 def settings(

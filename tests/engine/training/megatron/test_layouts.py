@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,14 +20,18 @@ from engine.training.hf import HFTrainer
 from engine.training.rank_work import RankRollout
 from engine.types import Prompt, Rollout, ScoredRollout, StepReport, VersionSpan
 from teacher.protocol import Scores
-from tests.engine.training.megatron.rank_cases import LEARNER, NUM_STEPS, make_rollouts, num_ranks, settings
+from tests.engine.training.megatron.rank_cases import (
+    LEARNER,
+    NUM_STEPS,
+    ON_RANKS,
+    Steps,
+    make_rollouts,
+    num_ranks,
+    settings,
+)
 from tests.engine.training.megatron.students import STUDENTS, make_student
 from tests.support.models import load, plain_logits
 from tests.support.worlds import Worlds
-
-if TYPE_CHECKING:
-    # Loaded in ranks alone: it imports Megatron.
-    from tests.engine.training.megatron.trainer_on_ranks import Steps
 
 ONE: dict[str, Any] = {}
 DENSE: dict[str, dict[str, Any]] = {
@@ -65,11 +69,8 @@ def steps_of(name: str) -> list[list[Rollouts]]:
     ]
 
 
-def train(worlds: Worlds, folder: Path, layout: dict[str, Any], steps: Any, **options: Any) -> list[Steps]:
-    from tests.engine.training.megatron import trainer_on_ranks
-
-    changes = options.pop("changes", {})
-    return worlds.run(trainer_on_ranks.train, num_ranks(layout), settings(folder, layout, **changes), steps, **options)
+def train(worlds: Worlds, folder: Path, layout: dict[str, Any], steps: Any) -> list[Steps]:
+    return worlds.run(f"{ON_RANKS}:train", num_ranks(layout), settings(folder, layout), steps)
 
 
 def step_reports(seen: Sequence[Steps]) -> list[StepReport]:
@@ -126,14 +127,12 @@ def _losses(report: Any) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("layout", ["1", *EXPERTS])
 def test_logits_are_those_of_transformers(layout: str, folders: dict[str, Path], worlds: Worlds) -> None:
-    from tests.engine.training.megatron import trainer_on_ranks
-
     sequences = [np.random.default_rng(i).integers(3, 60, 3 + 7 * i).tolist() for i in range(3)]
     for name in STUDENTS if layout == "1" else ("qwen3", "moonlight"):
         if name == "qwen3" and layout not in DENSE and layout != "1":
             continue
         cut = {**ONE, **EXPERTS.get(layout, ONE)}
-        known = worlds.run(trainer_on_ranks.logits, num_ranks(cut), settings(folders[name], cut), sequences)
+        known = worlds.run(f"{ON_RANKS}:logits", num_ranks(cut), settings(folders[name], cut), sequences)
         model = load(folders[name])
         for number, ids in enumerate(sequences):
             expected = plain_logits(model, ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +16,9 @@ from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
 from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
-from engine.training.rank_work import RankReport, RankRollout, RankSettings, RankWork
+from engine.training.rank_work import RankRollout, RankSettings, RankWork
 from engine.transport.shared_arrays import SharedBuffers
-from engine.types import StepReport
-from tests.engine.training.megatron.rank_cases import deal
-
-Pieces = list[tuple[str, tuple[slice, ...], Tensor]]
-"""Of Hugging Face tensors: name, where in it, values. NaN where this rank does not know."""
-
-
-class Steps(NamedTuple):
-    """What one rank saw."""
-
-    reports: list[RankReport]
-    """Of all calls of ``accumulate``."""
-    steps: list[StepReport]
-    gradients: list[Pieces]
-    """Of each step, divided by the tokens, not yet clipped."""
+from tests.engine.training.megatron.rank_cases import Pieces, Steps, deal
 
 
 def made(settings: RankSettings) -> MegatronRankTrainer:
