@@ -15,7 +15,7 @@ from engine.megatron_config import MegatronConfig
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.rank_work import RankMicroBatch, RankReport, RankRollout, RankSettings, RankWork
-from engine.types import StepReport
+from engine.types import Prompt, Rollout, ScoredRollout, StepReport, VersionSpan
 from teacher.protocol import Scores
 
 LEARNER = LearnerConfig(
@@ -107,4 +107,28 @@ def deal(
         micro_batches=tuple(
             RankMicroBatch(rollouts=tuple(mine[start : start + per_pass])) for start in range(0, largest, per_pass)
         )
+    )
+
+
+def as_scored(rollout: RankRollout) -> ScoredRollout[Scores]:
+    """What the torch trainer takes."""
+    assert rollout.scores is not None
+    assert rollout.sampling_logprobs is not None
+    num_tokens = len(rollout.response_ids)
+    return ScoredRollout(
+        rollout=Rollout(
+            prompt=Prompt(
+                rollout_id=rollout.index,
+                epoch=0,
+                prompt_index=0,
+                sample_index=0,
+                token_ids=tuple(rollout.prompt_ids.tolist()),
+            ),
+            response_ids=tuple(rollout.response_ids.tolist()),
+            logprobs=tuple(rollout.sampling_logprobs.tolist()),
+            sampling_logprobs=tuple(rollout.sampling_logprobs.tolist()),
+            spans=(VersionSpan(version=0, start=0, end=num_tokens),),
+            finish_reason="length",
+        ),
+        scores=rollout.scores,
     )

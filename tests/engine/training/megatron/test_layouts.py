@@ -18,13 +18,13 @@ from engine.objective_config import ObjectiveConfig
 from engine.recipe import StudentConfig
 from engine.training.hf import HFTrainer
 from engine.training.rank_work import RankRollout
-from engine.types import Prompt, Rollout, ScoredRollout, StepReport, VersionSpan
-from teacher.protocol import Scores
+from engine.types import StepReport
 from tests.engine.training.megatron.rank_cases import (
     LEARNER,
     NUM_STEPS,
     ON_RANKS,
     Steps,
+    as_scored,
     make_rollouts,
     num_ranks,
     settings,
@@ -158,7 +158,7 @@ def test_steps_of_a_dense_student_are_those_of_the_torch_trainer(
     torch_trainer.start()
     for calls, ours in zip(steps, found, strict=True):
         for rollouts in calls:
-            torch_trainer.accumulate([_scored(rollout) for rollout in rollouts])
+            torch_trainer.accumulate([as_scored(rollout) for rollout in rollouts])
         theirs = torch_trainer.finish_step()
 
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
@@ -166,26 +166,3 @@ def test_steps_of_a_dense_student_are_those_of_the_torch_trainer(
         assert ours.lr == theirs.lr
         for metric, value in theirs.metrics.items():
             assert ours.metrics[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
-
-
-def _scored(rollout: RankRollout) -> ScoredRollout[Scores]:
-    assert rollout.scores is not None
-    assert rollout.sampling_logprobs is not None
-    num_tokens = len(rollout.response_ids)
-    return ScoredRollout(
-        rollout=Rollout(
-            prompt=Prompt(
-                rollout_id=rollout.index,
-                epoch=0,
-                prompt_index=0,
-                sample_index=0,
-                token_ids=tuple(rollout.prompt_ids.tolist()),
-            ),
-            response_ids=tuple(rollout.response_ids.tolist()),
-            logprobs=tuple(rollout.sampling_logprobs.tolist()),
-            sampling_logprobs=tuple(rollout.sampling_logprobs.tolist()),
-            spans=(VersionSpan(version=0, start=0, end=num_tokens),),
-            finish_reason="length",
-        ),
-        scores=rollout.scores,
-    )
