@@ -6,25 +6,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from engine.generation.protocol import Bucket
 from engine.megatron_config import MegatronConfig
 from engine.training.megatron_inside import parallel
 from engine.training.megatron_inside.convert import load_hf
 from engine.training.megatron_inside.gather import Exporter
-from engine.training.megatron_inside.model import StudentModel, build_model
+from engine.training.megatron_inside.model import build_model, wrap
 from engine.training.megatron_inside.save import save_student
 from engine.training.megatron_student import StudentShape, check_layout, read_shape
 from engine.transport.manifest import digest_of
 from engine.transport.shared_arrays import SharedBuffers
 
 
-def loaded(folder: Path, layout: Mapping[str, Any]) -> tuple[list[StudentModel], StudentShape]:
+def loaded(folder: Path, layout: Mapping[str, Any]) -> tuple[list[nn.Module], StudentShape]:
     """This rank's part of the student in ``folder``."""
     config = MegatronConfig(**{"dtype": "float32", **layout})
     shape = read_shape(folder)
     check_layout(shape, config)
     parallel.initialize(config)
-    chunks = build_model(shape, config)
+    chunks: list[nn.Module] = [wrap(model) for model in build_model(shape, config)]
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
