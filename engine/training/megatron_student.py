@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from engine.errors import ModelError, RecipeError
 from engine.megatron_config import MegatronConfig
 
@@ -112,6 +110,8 @@ def read_shape(folder: Path) -> StudentShape:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"student {str(folder)!r}: no config.json there; expected a folder in Hugging Face format")
+    from transformers import AutoConfig  # seconds, and whoever has a shape already does without
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and json raise a dozen kinds; all mean this file

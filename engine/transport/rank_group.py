@@ -12,12 +12,10 @@ leaves no rank waiting for another is raised as itself, and the group goes on.
 from __future__ import annotations
 
 import select
-import signal
 import socket
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,9 +29,9 @@ from torch import Tensor
 
 from engine.errors import RanksLost
 from engine.tracing import log
+from engine.transport.rank_failures import expected_error, of_death, of_error, of_silence
 from engine.transport.rank_processes import RankProcess, RankProcesses
 from engine.transport.rank_protocol import (
-    TRAVELLING,
     Advance,
     Answer,
     Bye,
@@ -50,6 +48,7 @@ from engine.transport.rank_protocol import (
     write_plain,
 )
 from engine.transport.shared_arrays import ArrayWriter, PieceReader
+from engine.transport.turn import Turn
 
 LOOPBACK = "127.0.0.1"
 
@@ -117,7 +116,7 @@ class RankGroup:
         self._environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | dict(environment or {})
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
-        self._turn = _Turn() if serial else None
+        self._turn = Turn() if serial else None
         self._arrays = ArrayWriter()
         self._pieces = PieceReader()
         self._processes: RankProcesses | None = None
@@ -317,37 +316,34 @@ class RankGroup:
         """Every rank has answered, at least one of them with an error: none hangs."""
         errors = [(rank, answer) for rank in self._ranks if isinstance(answer := answers[rank.rank], Raised)]
         for rank, raised in errors:
-            if _travelling(rank.rank, raised) is None:
+            if expected_error(rank, raised) is None:
                 return self._lost_by_error(rank, raised, what)
-        expected = _travelling(errors[0][0].rank, errors[0][1])
+        expected = expected_error(*errors[0])
         assert expected is not None
         return expected
 
     def _lost_by_error(self, rank: RankProcess, raised: Raised, what: str) -> Exception:
-        lost = self._lose(
-            f"rank {rank.rank} of {self._num_ranks} failed in {what}: {raised.kind}: {raised.text}; the other ranks "
-            f"were stopped; its log is {rank.log}. In the rank:\n{_indented(raised.traceback)}",
-            because_of=rank,
-        )
-        expected = _travelling(rank.rank, raised)
+        lost = self._lose(of_error(rank, raised, what=what, num_ranks=self._num_ranks))
+        expected = expected_error(rank, raised)
         # A rank that was killed makes its peers fail: the death is the cause, and was reported in its stead.
-        return expected if expected is not None and self._processes_died() is None else lost
+        return expected if expected is not None and self._death() is None else lost
 
     def _lost_by_silence(self, silent: Sequence[RankProcess], what: str, timeout_s: float) -> RanksLost:
         stopped = [rank for rank in silent if rank.is_stopped()]
-        named = stopped or list(silent)
         if not stopped:
-            for rank in named:
+            for rank in silent:
                 rank.dump_stacks()
             if self._processes is not None:  # a death meanwhile ends the wait
                 self._processes.has_died.wait(_STACKS_S)
-        ranks = f"rank {named[0].rank}" if len(named) == 1 else f"ranks {', '.join(str(rank.rank) for rank in named)}"
-        state = "stopped by a signal (SIGSTOP?)" if stopped else "hanging, or slower than that"
-        end = "" if stopped else f"; where, at the end of the log of rank {named[0].rank}:{named[0].log_tail()}"
-        return self._lose(
-            f"{ranks} of {self._num_ranks} did not answer {what} in {timeout_s:g} s and {_are(named)} {state}; all "
-            f"ranks were stopped; logs are in {self._folder}{end}"
+        why = of_silence(
+            stopped or silent,
+            are_stopped=bool(stopped),
+            what=what,
+            timeout_s=timeout_s,
+            num_ranks=self._num_ranks,
+            folder=self._folder,
         )
+        return self._lose(why)
 
     def _lost_by_death(self, what: str) -> RanksLost:
         if (processes := self._processes) is not None:
@@ -355,23 +351,18 @@ class RankGroup:
             processes.has_died.wait(_GRACE_S)
         return self._lose(f"a rank left in {what}")
 
-    def _processes_died(self) -> tuple[RankProcess, int] | None:
+    def _death(self) -> tuple[RankProcess, int] | None:
         return None if self._processes is None else self._processes.first_death
 
-    def _lose(self, why: str, *, because_of: RankProcess | None = None) -> RanksLost:
-        """Kill all ranks; the reason is what was found first, and the death of a rank comes before what it caused."""
+    def _lose(self, why: str) -> RanksLost:
+        """Kill all ranks. The reason is what was found first, and a rank's death comes before what it caused."""
         with self._failing:
             if self._failure is not None:
                 return self._failure
             if self._processes is None:
                 return RanksLost(f"the ranks of {self._name} were stopped meanwhile")
-            death = self._processes_died()
-            if death is not None and death[0] is not because_of:
-                rank, code = death
-                why = (
-                    f"rank {rank.rank} of {self._num_ranks} {_ended(code)}; the other ranks were stopped; the end of "
-                    f"its log, {rank.log}:{rank.log_tail()}"
-                )
+            if (death := self._death()) is not None:
+                why = of_death(*death, num_ranks=self._num_ranks)
             self._failure = RanksLost(why)
             self._processes.kill()
             log.error("ranks.lost", group=self._name, cause=why.partition("\n")[0])
@@ -443,54 +434,8 @@ class RankGroup:
         )
 
 
-class _Turn:
-    """A lock that is given in the order of asking: whoever returns at once does not overtake who waits."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Event] = deque()
-
-    def __enter__(self) -> None:
-        mine = threading.Event()
-        with self._lock:
-            self._waiting.append(mine)
-            if len(self._waiting) == 1:
-                mine.set()
-        mine.wait()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._waiting.popleft()
-            if self._waiting:
-                self._waiting[0].set()
-
-
 def _readable(fds: Sequence[int], timeout_s: float) -> list[int]:
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     return [fd for fd, _ in poll.poll(timeout_s * 1000.0)]
-
-
-def _travelling(rank: int, raised: Raised) -> Exception | None:
-    for kind in TRAVELLING:
-        if kind.__name__ == raised.kind:
-            error = kind(raised.text)
-            error.add_note(f"in rank {rank}:\n{_indented(raised.traceback)}")
-            return error
-    return None
-
-
-def _ended(code: int) -> str:
-    if code >= 0:
-        return f"ended by itself with exit code {code}"
-    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"
-
-
-def _are(ranks: Sequence[object]) -> str:
-    return "is" if len(ranks) == 1 else "are"
-
-
-def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n")

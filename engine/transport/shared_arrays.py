@@ -170,6 +170,8 @@ class SharedBuffers:
 
     def take(self, num_bytes: int, device: torch.device) -> Tensor:
         """[num_bytes] uint8 on ``device``: the buffer that was not taken last. Made larger when it has to be."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self._turn = 1 - self._turn
         buffer = self._buffers[self._turn]
         if len(buffer.tensor) < num_bytes or buffer.tensor.device != device:

@@ -75,7 +75,7 @@ def test_a_run_whose_ranks_are_killed_restores_itself_and_ends_in_the_bits_of_a_
     world: World, tmp_path: Path
 ) -> None:
     recipe = world.recipe(tmp_path / "r.py")
-    same = options(max_staleness=0, deterministic=True, learner__megatron__max_restores=2)
+    same = options(max_staleness=0, deterministic=True, steps=16, learner__megatron__max_restores=2)
     run(recipe, "--out", str(tmp_path / "quiet"), *same, "--json")
 
     out = tmp_path / "killed"
@@ -90,8 +90,8 @@ def test_a_run_whose_ranks_are_killed_restores_itself_and_ends_in_the_bits_of_a_
     restored = [line for line in events(out) if line["event"] == "run.restoring"]
     assert [line["restores_left"] for line in restored] == [1, 0]
     assert "was killed by SIGKILL" in restored[0]["cause"]
-    assert weights_digest(out, 6) == weights_digest(tmp_path / "quiet", 6)
-    assert_exactly_once(out, steps=6, per_step=4, max_staleness=0)
+    assert weights_digest(out, 16) == weights_digest(tmp_path / "quiet", 16)
+    assert_exactly_once(out, steps=16, per_step=4, max_staleness=0)
     assert_no_rank_is_left(out)
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_resume_goes_on_exactly_
     world: World, tmp_path: Path
 ) -> None:
     recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "out"
-    process = start_run(recipe, "--out", str(out), *options(max_staleness=1))
+    process = start_run(recipe, "--out", str(out), *options(steps=16))
     signal_a_rank(process, out, 1, signal.SIGKILL, after="learner.step")
     failed = finish(process)
 
@@ -108,8 +108,8 @@ def test_a_rank_that_dies_ends_the_run_with_its_name_and_resume_goes_on_exactly_
     assert "rank 1 of 2 was killed by SIGKILL" in failed.stderr
     assert_no_rank_is_left(out)
     # Another layout may go on from the checkpoint.
-    run(recipe, "--resume", "--out", str(out), *options(max_staleness=1, learner__megatron__data_parallel=1))
-    assert_exactly_once(out, steps=6, per_step=4, max_staleness=1)
+    run(recipe, "--resume", "--out", str(out), *options(steps=16, learner__megatron__data_parallel=1))
+    assert_exactly_once(out, steps=16, per_step=4, max_staleness=1)
 
 
 @pytest.mark.slow
@@ -131,16 +131,6 @@ def test_a_stopped_rank_ends_the_run_in_time_and_a_signal_drains_one(world: Worl
     process.send_signal(signal.SIGTERM)
     stopped = finish(process)
     assert stopped.code == 3, stopped.stderr[-3000:]
-    assert_no_rank_is_left(out)
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_as_with_the_torch_learner(world: World, tmp_path: Path) -> None:
-    recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "out"
-    failed = run(recipe, "--out", str(out), *options(learner__lr=1e30), expect=1)
-
-    assert "NonFiniteError" in failed.stderr
-    assert list(out.glob("nonfinite_step_*.jsonl")), "the rollouts are kept"
     assert_no_rank_is_left(out)
 
 

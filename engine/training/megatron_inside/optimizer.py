@@ -22,6 +22,7 @@ class StepOptimizer:
     def __init__(self, chunk: DistributedDataParallel, learner: LearnerConfig) -> None:
         self._chunk = chunk
         self._grad_clip = learner.grad_clip
+        self._weight_decay = learner.weight_decay
         self.megatron: Any = get_megatron_optimizer(optimizer_config(learner), [chunk])
         chunk.config.grad_scale_func = self.megatron.scale_loss
         self.clear()
@@ -51,6 +52,8 @@ class StepOptimizer:
                 torch._foreach_mul_(grads, self._grad_clip / grad_norm)
         for group in self.megatron.param_groups:
             group["lr"] = lr
+            # Megatron leaves this to its own scheduler; without it norms are decayed like matrices.
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
         self.megatron.step_with_ready_grads()
         self.clear()
 

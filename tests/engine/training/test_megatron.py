@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
-from engine.errors import ModelError
+from engine.errors import ModelError, NonFiniteError
 from engine.generation.protocol import Bucket
 from engine.megatron_config import MegatronConfig
 from engine.objective_config import ObjectiveConfig
@@ -144,6 +145,19 @@ def test_a_call_over_the_budget_is_refused_and_costs_nothing(
         trainer.finish_step()
 
     step_of_both(trainer, torch_trainer, seed=7)
+
+
+def test_a_loss_that_is_not_finite_is_said_as_itself_and_leaves_the_weights(
+    trainer: MegatronTrainer,
+) -> None:
+    before = trainer.digest()
+    good = make_scored()
+    scores = msgspec.structs.replace(good.scores, top_logprobs=np.full_like(good.scores.top_logprobs, np.nan))
+    with pytest.raises(NonFiniteError, match=r"the loss of 2 of 2 response tokens is not finite"):
+        trainer.accumulate([msgspec.structs.replace(good, scores=scores)])
+
+    assert trainer.digest() == before
+    assert trainer.score([5, 6, 7]), "the ranks are there"
 
 
 def test_a_student_that_is_not_there_is_refused_as_itself_and_leaves_no_rank(tmp_path: Path) -> None:

@@ -89,7 +89,10 @@ def test_deepseek_v3_is_read_as_its_config_says() -> None:
         (LlamaConfig(mlp_bias=True), "has mlp_bias=true"),
         (LlamaConfig(hidden_act="gelu"), "has hidden_act='gelu', .* computes silu alone"),
         (LlamaConfig(rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}), "has rope low_freq_factor=2.0, .* computes 1"),
-        (LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope of type 'linear'"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+            "rope of type 'linear'",
+        ),
         (Qwen3Config(rope_parameters=YARN), "has rope of type 'yarn', .* or yarn of deepseek_v3 alone"),
         (Qwen3Config(use_sliding_window=True, sliding_window=512), "has sliding_window=512"),
         (Qwen3Config(attention_dropout=0.1), "has attention_dropout=0.1"),
@@ -118,7 +121,10 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ({"tensor_parallel": 3}, "tensor_parallel=3 does not divide the student's 16 attention heads; it may be 1, 2, 4"),
+        (
+            {"tensor_parallel": 3},
+            "tensor_parallel=3 does not divide the student's 16 attention heads; it may be 1, 2, 4",
+        ),
         ({"pipeline_parallel": 2}, "pipeline_parallel=2 stages do not divide the student's 27 layers; set first_stage"),
         (
             {"pipeline_parallel": 3, "first_stage_layers": 8},
