@@ -86,7 +86,6 @@ def step(name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str, object]:
         ForwardKL(),
         uploader=Uploader(device),
         forward_only=False,
-        on_row=lambda row: None,
     )
     loss = sum(float(found.values.double().sum()) for found in passes.found if found is not None) / passes.num_tokens
     grad_norm = optimizer.grad_norm(passes.num_tokens)
