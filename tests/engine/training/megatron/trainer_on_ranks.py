@@ -44,9 +44,8 @@ def dealt(rollouts: Sequence[RankRollout]) -> RankWork:
     )
 
 
-def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[RankRollout]]], **options: Any) -> Steps:
+def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[RankRollout]]], seen: Steps) -> None:
     """Steps of calls of rollouts."""
-    seen = Steps(reports=[], steps=[], gradients=[])
     for calls in steps:
         for rollouts in calls:
             report = trainer.accumulate(dealt(rollouts))
