@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ class MegatronTrainer:
         """Calls in the step under way."""
         self._digest: tuple[int, str] | None = None
         """Of a version."""
+        self._leaving = threading.Lock()
+        """The ranks give their weights to one caller at a time: to the syncer, for a digest, or for a checkpoint."""
 
     @property
     def rank_pids(self) -> tuple[int, ...]:
@@ -121,8 +124,9 @@ class MegatronTrainer:
         return list(self._of_rank_0(self._call("score", {"token_ids": list(token_ids)}), "score"))
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        for names, tensors in self._ranks.stream("export", bucket_bytes=bucket_bytes):
-            yield Bucket(names=tuple(names), tensors=tuple(tensors))
+        with self._leaving:
+            for names, tensors in self._ranks.stream("export", bucket_bytes=bucket_bytes):
+                yield Bucket(names=tuple(names), tensors=tuple(tensors))
 
     def digest(self) -> str:
         """Of what ``export`` gives; made once for each version."""
@@ -135,7 +139,8 @@ class MegatronTrainer:
 
     def save(self, folder: Path) -> None:
         """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
-        self._call("save", {"folder": folder.absolute()})
+        with self._leaving:
+            self._call("save", {"folder": folder.absolute()})
 
     def stop(self) -> None:
         group, self._group = self._group, None
@@ -159,8 +164,6 @@ class MegatronTrainer:
             num_ranks=self._layout.num_ranks,
             folder=self._folder,
             device="cuda" if is_gpu else "cpu",
-            # Two NCCL collectives that are launched in another order on another device can wait for each other.
-            serial=is_gpu,
             environment=_environment(self._config, is_gpu),
             start_timeout_s=self._layout.start_timeout_s,
             call_timeout_s=self._layout.command_timeout_s,

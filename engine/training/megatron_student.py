@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from engine.errors import ModelError, RecipeError
 from engine.megatron_config import MegatronConfig
 
@@ -112,6 +110,8 @@ def read_shape(folder: Path) -> StudentShape:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"student {str(folder)!r}: no config.json there; expected a folder in Hugging Face format")
+    from transformers import AutoConfig  # seconds, and whoever has a shape already does without
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and json raise a dozen kinds; all mean this file
@@ -215,8 +215,8 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
         return Rope(theta=theta, kind="llama3", factor=float(parameters["factor"]))
     refuse.unless(kind == "yarn" and is_latent, f"rope of type {kind!r}", "default, llama3, or yarn of deepseek_v3")
     expected: dict[str, object] = {"attention_factor": None, "truncate": True}
-    for name, value in expected.items():
-        refuse.unless(parameters.get(name, value) == value, f"rope {name}={parameters.get(name)}", str(value))
+    for name, only in expected.items():
+        refuse.unless(parameters.get(name, only) == only, f"rope {name}={parameters.get(name)}", str(only))
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     refuse.unless(
         bool(mscale) or not mscale_all_dim, f"rope mscale_all_dim={mscale_all_dim} without mscale", "both or none"

@@ -144,9 +144,9 @@ class RankTrainer(Protocol):
 
         Called and advanced in a thread of its own, in which autograd is off. Meanwhile the main thread may be in
         ``accumulate``, ``evaluate`` or ``score``, which only read weights (never in ``finish_step``, ``load`` or
-        ``save``): its collectives use process groups that nothing else uses. With NCCL two collectives that wait for
-        each other's place on the device hang, so there the node lets one call, or one bucket, run at a time. An
-        iterator that is closed early ends on all ranks at once.
+        ``save``): it may wait for whatever it likes, but passes must never wait for an export, and no NCCL collective
+        may be part of one, since two that wait for each other's place on the device hang. An iterator that is closed
+        early ends on all ranks at once.
         """
         ...
 

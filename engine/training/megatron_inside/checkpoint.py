@@ -25,7 +25,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.distributed import DistributedDataParallel
-from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from engine.errors import CheckpointError
 from engine.training.megatron_inside.model import unwrapped
@@ -112,16 +113,14 @@ def _read_state(folder: Path) -> _State:
     return state
 
 
-class _WriteHere(TorchDistSaveShardedStrategy):
+class _WriteHere(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's format, written by torch's own writer in this process."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
+        state_dict_saver.save(
             mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(
-                checkpoint_dir, single_file_per_rank=True, sync_files=True
-            ),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),

@@ -18,7 +18,8 @@ export. That is what keeps it from deadlocks with NCCL, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -72,6 +73,7 @@ class Exporter:
         self._told: dict[int, int] = {}
         """By number of a buffer: which memory the other ranks take it for."""
         self._device = next(unwrapped(chunks[0]).parameters()).device
+        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copies = _copies(chunks, shape, self.specs)
         self._group = dist.new_group(backend="gloo")
         self._check_complete()
@@ -90,14 +92,16 @@ class Exporter:
         layouts = [lay_out(self.specs[group.start : group.stop]) for group in groups]
         num_bytes = max(layout.num_bytes for layout in layouts)
         if written is not None:
-            torch.cuda.current_stream(self._device).wait_event(written)
+            self._stream.wait_event(written)
         for group, layout in zip(groups, layouts, strict=True):
             tensors = views(self._memory(num_bytes), layout)
-            for tensor, number in zip(tensors, group, strict=True):
-                for copy in self._copies[number]:
-                    tensor[copy.there].copy_(copy.source.detach()[copy.here])
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+            # Not on the stream of the passes: a bucket would wait for all that is queued there.
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                for tensor, number in zip(tensors, group, strict=True):
+                    for copy in self._copies[number]:
+                        tensor[copy.there].copy_(copy.source.detach()[copy.here])
+            if self._stream is not None:
+                self._stream.synchronize()
             dist.barrier(self._group)
             yield _bucket(layout, tensors) if self._rank == _ROOT else Bucket(names=(), tensors=())
 

@@ -40,8 +40,8 @@ class StudentModel(GPTModel):  # type: ignore[misc]
 
 
 def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentModel]:
-    """The model chunks of this rank (one: the layers of its stage), on its device, weights not set. The layout must be initialised and fit the
-    student (``engine.training.megatron_student.check_layout``)."""
+    """The model chunks of this rank (one: the layers of its stage), on its device, weights not set. The layout must be
+    initialised and fit the student (``engine.training.megatron_student.check_layout``)."""
     transformer = transformer_config(shape, config)
     model = StudentModel(
         config=transformer,
