@@ -1,9 +1,9 @@
 """Every metric that a run gives out, declared once with unit, reduction and meaning. Decides names; how values come
 about and where they go lies elsewhere.
 
-``METRICS`` are the series of ``/metrics`` (``engine.metrics``). ``STEP_METRICS``, ``OBJECTIVE_METRICS``, ``RANK_METRICS``
-and ``EVALUATION_METRICS`` are columns: one row per optimizer step or per held-out measurement (``engine.step_log``).
-The tables in docs/observability.md hold the same.
+``METRICS`` are the series of ``/metrics`` (``engine.metrics``). ``STEP_METRICS``, ``OBJECTIVE_METRICS``,
+``RANK_METRICS`` and ``EVALUATION_METRICS`` are columns: one row per optimizer step or per held-out measurement
+(``engine.step_log``). The tables in docs/observability.md hold the same.
 """
 
 from __future__ import annotations
