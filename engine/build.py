@@ -161,7 +161,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         params=sampling_params(recipe, inputs.student),
         learner_worker=learner_worker,
         syncer_worker=syncer_worker,
-        sampler_concurrency=sampler_concurrency(recipe, num_slots=_num_slots(recipe)),
+        sampler_spare=sampler_spare(recipe),
         teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
         weights_lock=weights_lock,
         push_weights=WeightPush(
@@ -183,9 +183,9 @@ def _num_slots(recipe: Recipe) -> int:
     return sampler.num_slots * (copies if sampler.backend == "vllm" else 1)
 
 
-def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
-    """Answers under way: a few more than slots, so that a finished slot is refilled at the next decode step."""
-    return num_slots + max(1, recipe.samples_per_prompt)
+def sampler_spare(recipe: Recipe) -> int:
+    """Answers under way beyond what the generator decodes: a finished slot is refilled at the next decode step."""
+    return max(1, recipe.samples_per_prompt)
 
 
 def num_replicas(recipe: Recipe) -> int:
@@ -316,6 +316,7 @@ def _generator(recipe: Recipe) -> Generator:
             config=recipe.sampler,
             student=recipe.student,
             max_length=longest(recipe),
+            lora=recipe.learner.lora,
             weights=recipe.weights,
             weights_device=recipe.learner.device,
         )
@@ -364,6 +365,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir) -> Trainer:
         objective=recipe.objective,
         steps=recipe.steps,
         seed=recipe.seed,
+        exports_adapter=recipe.sampler.backend == "vllm",
     )
 
 
@@ -391,7 +393,7 @@ def _sampler(ports: Ports) -> Actor:
         generator=parts.generator,
         schedule=parts.schedule,
         params=parts.params,
-        concurrency=parts.sampler_concurrency,
+        spare=parts.sampler_spare,
         waves=recipe.deterministic,
         load_weights=parts.push_weights,
     )

@@ -172,6 +172,32 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
     max_in_flight: Positive = 32
 
 
+class LoraConfig(Section, frozen=True, kw_only=True):
+    """A low-rank adapter (extra ``lora``): all that is trained, and all that travels to a vLLM engine. The torch
+    sampler gets merged weights."""
+
+    rank: Annotated[int, Meta(ge=1, le=512)] = 16
+    alpha: PositiveFloat = 32.0
+    """Over ``rank``, what the product of the two halves is multiplied with."""
+    target_modules: Annotated[tuple[str, ...], Meta(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Linear layers that get one, by the last part of their names."""
+
+    def __post_init__(self) -> None:
+        if {"lm_head", "embed_tokens"} & set(self.target_modules):
+            raise RecipeError(
+                f"learner.lora.target_modules={list(self.target_modules)}: the output layer and the embedding cannot "
+                "have an adapter, since vLLM does not score prompts with one; leave them out"
+            )
+
+
 class LearnerConfig(Section, frozen=True, kw_only=True):
     """How the student learns."""
 
@@ -204,6 +230,8 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
     on."""
+    lora: LoraConfig | None = None
+    """None: all weights are trained."""
     device: str = "cpu"
     num_threads: Threads = 1
     megatron: MegatronConfig = MegatronConfig()
@@ -444,6 +472,11 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"data.reference_share={self.data.reference_share} trains on completions that the student has not "
                 f"sampled, and objective.kind={self.objective.kind!r} needs what the student thought when it sampled; "
                 "set the share to 0 or choose another objective"
+            )
+        if self.learner.lora is not None and self.learner.backend != "hf":
+            raise RecipeError(
+                f"learner.lora needs learner.backend='hf', got {self.learner.backend!r}; train all weights there, or "
+                "use the torch learner"
             )
         if self.learner.warmup_steps > self.steps:
             raise RecipeError(

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.tracing",
     ),
     (
+        "engine.adapter_files",
         "engine.checkpoint",
         "engine.generation.*",
         "engine.packed_linear",

@@ -126,6 +126,11 @@ class Generator(Protocol):
         """
         ...
 
+    def capacity(self) -> int:
+        """Answers that it can decode side by side as things stand: fewer than slots while memory is full, or one of
+        several engines away. Cheap; whoever keeps it full asks before each answer."""
+        ...
+
     def statistics(self) -> GeneratorStatistics: ...
 
     async def watch(self) -> None:

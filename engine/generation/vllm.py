@@ -27,7 +27,7 @@ from engine.generation.requests import check_requests, settled
 from engine.generation.vllm_engine import StepCounts, VllmEngine
 from engine.generation.vllm_model import tensor_groups_of
 from engine.generation.vllm_transfer import Transfer, choose, make_segments, make_transfer
-from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from engine.recipe import LoraConfig, SamplerConfig, StudentConfig, WeightsConfig
 from engine.types import VersionSpan
 
 
@@ -83,6 +83,7 @@ class VllmGenerator:
         config: slots, device, dtype, threads, and the engine's own settings.
         student: the folder that ``start`` loads.
         max_length: tokens of prompt and answer together; None: the student's positions.
+        lora: a version is an adapter of this kind, on the student in the folder; None: all weights.
         weights: how versions travel.
         weights_device: where the weights that are sent lie. On the one GPU of the engine they stay there.
         packs: ``update_weights`` packs what it is sent; False: only ``take`` is called, and memory is somebody else's.
@@ -98,6 +99,7 @@ class VllmGenerator:
         config: SamplerConfig,
         student: StudentConfig,
         max_length: int | None = None,
+        lora: LoraConfig | None = None,
         weights: WeightsConfig | None = None,
         weights_device: str = "cpu",
         packs: bool = True,
@@ -110,6 +112,7 @@ class VllmGenerator:
         self._weights_device = torch.device(weights_device)
         self._way = choose(self._weights.transfer, config, self._weights_device)
         self._packs = packs
+        self._lora = lora
         self._first_version = version
         self._version = version
         self._num_slots = config.num_slots * config.vllm.data_parallel
@@ -225,6 +228,10 @@ class VllmGenerator:
             GeneratorDied: the engine is gone.
         """
         return await self._alive().engine.score(token_ids, name=self._name("score"))
+
+    def capacity(self) -> int:
+        """What runs, while the engine has no room for more keys and values."""
+        return max(1, self._num_inside - self._num_stuck) if self._num_stuck else self._num_slots
 
     def statistics(self) -> GeneratorStatistics:
         """``waiting`` counts every open request that is not in the engine, or that the engine cannot run yet."""
@@ -436,7 +443,7 @@ class VllmGenerator:
 
     async def _begin_life(self) -> _Life:
         # Also where versions come packed: a folder that is missing is told in our words.
-        self._groups = await asyncio.to_thread(tensor_groups_of, self._student)
+        self._groups = await asyncio.to_thread(tensor_groups_of, self._student, self._lora)
         transfer = self._make_transfer()
         engine = await VllmEngine.start(
             config=self._config,
@@ -445,6 +452,7 @@ class VllmGenerator:
             version=self._first_version,
             on_step=self._on_step,
             transfer_backend=transfer.backend,
+            lora=self._lora,
         )
         try:
             await transfer.connect(engine)
@@ -459,7 +467,13 @@ class VllmGenerator:
         return _Life(engine, transfer, packer)
 
     def _make_transfer(self) -> Transfer:
-        return make_transfer(self._way, self._weights_device, bucket_bytes=self._weights.bucket_bytes)
+        return make_transfer(
+            self._way,
+            self._weights_device,
+            bucket_bytes=self._weights.bucket_bytes,
+            lora=self._lora,
+            groups=self._groups,
+        )
 
     async def _watch(self, life: _Life) -> None:
         try:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from engine.generation.protocol import Bucket, Generation, GenerationRequest, Ge
 from engine.generation.vllm import VllmGenerator, to_its_end
 from engine.generation.vllm_model import tensor_groups_of
 from engine.generation.vllm_transfer import choose, make_segments
-from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from engine.recipe import LoraConfig, SamplerConfig, StudentConfig, WeightsConfig
 from engine.tracing import log
 
 _RESTARTS = RestartPolicy(max_restarts=3, window_s=300.0, backoff_s=0.0)
@@ -68,12 +69,14 @@ class VllmFleet:
         config: SamplerConfig,
         student: StudentConfig,
         max_length: int | None = None,
+        lora: LoraConfig | None = None,
         weights: WeightsConfig | None = None,
         weights_device: str = "cpu",
         version: int = 0,
     ) -> None:
         weights = weights or WeightsConfig()
         self._student = student
+        self._lora = lora
         self._device = torch.device(weights_device)
         self._way = choose(weights.transfer, config, self._device)
         self._places = [
@@ -83,6 +86,7 @@ class VllmFleet:
                     config=engine_config(config, number),
                     student=student,
                     max_length=max_length,
+                    lora=lora,
                     weights=msgspec.structs.replace(weights, transfer=self._way),
                     weights_device=weights_device,
                     packs=False,
@@ -100,26 +104,25 @@ class VllmFleet:
         self._switching = asyncio.Lock()
         """No engine becomes live while versions change."""
         self._revived = asyncio.Event()
-        self._failure: asyncio.Future[None] | None = None
+        self._starting = asyncio.Lock()
+        self._ended: asyncio.Future[None]
+        """Why the fleet cannot go on; made by ``start``."""
         self._asked = count()
 
     def __repr__(self) -> str:
         return f"<VllmFleet {self._student.path!r} of {len(self._places)}, {len(self._live())} live>"
 
     async def start(self) -> None:
-        """All engines side by side. When one does not start, none is left."""
-        groups = await asyncio.to_thread(tensor_groups_of, self._student)
-        starts = [asyncio.ensure_future(place.generator.start()) for place in self._places]
+        """As the protocol says. When one engine does not start, none is left."""
+        groups = await asyncio.to_thread(tensor_groups_of, self._student, self._lora)
         try:
-            await asyncio.gather(*starts)
+            for place in self._places:
+                await self._start(place)
         except BaseException:
-            for start in starts:
-                start.cancel()
-            await asyncio.wait(starts)
             await self._stop_engines()
             raise
         self._packer = Packer(make_segments(self._way, self._device, number=_NUM_SEGMENTS), groups)
-        self._failure = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.get_running_loop().create_future()
         for place in self._places:
             place.is_live, place.failed_at = True, []
             place.keeper = asyncio.create_task(self._keep(place), name=f"keep engine {place.number}")
@@ -133,6 +136,8 @@ class VllmFleet:
             AnswerLost: the engine that it was in is gone.
         """
         await self._until(lambda: bool(self._live()))
+        if request.request_id in self._of:
+            raise ValueError(f"request {request.request_id} is open already; ids must be unique among the open ones")
         place = choose_place(self._live(), request.token_ids, num_slots=self._num_slots)
         place.open[request.token_ids] += 1
         place.num_open += 1
@@ -146,7 +151,7 @@ class VllmFleet:
             place.open[request.token_ids] -= 1
             if not place.open[request.token_ids]:
                 del place.open[request.token_ids]
-            self._of.pop(request.request_id, None)
+            del self._of[request.request_id]
 
     async def generate_wave(
         self, requests: Sequence[GenerationRequest], *, on_begin: Callable[[int, int], None] | None = None
@@ -194,8 +199,12 @@ class VllmFleet:
         live = self._live()
         return await live[next(self._asked) % len(live)].generator.score(token_ids)
 
+    def capacity(self) -> int:
+        """Of the engines that are live."""
+        return sum(place.generator.capacity() for place in self._live())
+
     def statistics(self) -> GeneratorStatistics:
-        """Sums, and the oldest version."""
+        """Sums, means of times, and the oldest version."""
         each = [place.generator.statistics() for place in self._places]
         return GeneratorStatistics(
             version=min(
@@ -207,30 +216,29 @@ class VllmFleet:
             tokens_total=sum(one.tokens_total for one in each),
             decode_steps_total=sum(one.decode_steps_total for one in each),
             prefill_tokens_total=sum(one.prefill_tokens_total for one in each),
-            busy_s=sum(one.busy_s for one in each),
-            paused_s=sum(one.paused_s for one in each),
+            busy_s=sum(one.busy_s for one in each) / len(each),
+            paused_s=sum(one.paused_s for one in each) / len(each),
         )
 
     async def watch(self) -> None:
         """As the protocol says: only when one engine dies again and again."""
         self._running()
-        assert self._failure is not None
-        await asyncio.shield(self._failure)
+        await asyncio.shield(self._ended)
 
     async def stop(self) -> None:
         packer, self._packer = self._packer, None
+        if packer is None:
+            return
         keepers = [place.keeper for place in self._places if place.keeper is not None]
         for keeper in keepers:
             keeper.cancel()
-        if keepers:
-            await asyncio.wait(keepers)
+        await asyncio.wait(keepers)
         await self._stop_engines()
         self._current = None
-        if self._failure is not None and not self._failure.done():
-            self._failure.cancel()
+        if self._ended.done():
+            self._ended.exception()  # told, or of no interest any more
         self._revived.set()
-        if packer is not None:
-            packer.close()
+        packer.close()
 
     async def _stop_engines(self) -> None:
         await asyncio.gather(*(place.generator.stop() for place in self._places))
@@ -251,28 +259,34 @@ class VllmFleet:
 
     async def _keep(self, place: _Place) -> None:
         """Waits for: the end of one engine. Then starts it again, unless that has happened too often."""
-        while True:
-            try:
-                await place.generator.watch()
-            except GeneratorDied as error:
-                place.is_live = False
-                place.failed_at.append(time.monotonic())
-                log.warning("engine.lost", engine=place.number, error=str(error), num_open=place.num_open)
+        try:
+            while True:
                 try:
+                    await place.generator.watch()
+                except GeneratorDied as error:
+                    place.is_live = False
+                    place.failed_at.append(time.monotonic())
+                    log.warning("engine.lost", engine=place.number, error=str(error), num_open=place.num_open)
                     if next_delay(_RESTARTS, place.failed_at, place.failed_at[-1]) is None:
                         raise
+                # One that does not start, or dies in it, is met again above.
+                with suppress(GeneratorDied):
                     await self._restart(place)
-                except GeneratorDied as last:
-                    assert self._failure is not None
-                    if not self._failure.done():
-                        self._failure.set_exception(last)
-                    self._revived.set()
-                    return
+        except Exception as error:
+            if not self._ended.done():
+                self._ended.set_exception(error)
+            self._revived.set()
+
+    async def _start(self, place: _Place) -> None:
+        """One after the other: an engine inherits the environment of this process, which is set for each; and what the
+        first one compiles the others find."""
+        async with self._starting:
+            await place.generator.start()
 
     async def _restart(self, place: _Place) -> None:
         began = time.monotonic()
         await place.generator.stop()
-        await place.generator.start()
+        await self._start(place)
         async with self._switching:
             if self._current is not None:
                 await place.generator.take(self._current.version, self._current.packed, config=self._current.config)
@@ -293,9 +307,8 @@ class VllmFleet:
     def _running(self) -> Packer:
         if self._packer is None:
             raise GeneratorDied("the generator is not running; call start() first")
-        assert self._failure is not None
-        if self._failure.done():
-            self._failure.result()
+        if self._ended.done():
+            self._ended.result()
         return self._packer
 
 

@@ -5,6 +5,8 @@
     gloo    broadcast, received by workers while answers go on         any device
     nccl    broadcast from GPU to GPU while generation stands still    different GPUs
 
+An adapter, which is small, goes through a folder whatever the way, as vLLM loads adapters from nothing else.
+
 In each of them the version is packed into a segment first (``engine.generation.segment``). What the workers do with it
 lies in ``engine.generation.vllm_inside``; when it is done is ``engine.generation.vllm``'s business.
 """
@@ -12,26 +14,32 @@ lies in ``engine.generation.vllm_inside``; when it is done is ``engine.generatio
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import tempfile
+from collections.abc import Awaitable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 import torch
+from torch import Tensor
 
+from engine.adapter_files import write_adapter
 from engine.errors import RecipeError
+from engine.generation.requests import settled
 from engine.generation.segment import Packed, Segment
 from engine.generation.shareable import CudaMemory, HostMemory
+from engine.generation.version import TensorGroup
 from engine.generation.vllm_engine import VllmEngine
-from engine.recipe import SamplerConfig
+from engine.recipe import LoraConfig, SamplerConfig
 from engine.transport.tensor_plane import WeightSender
 
 Way = Literal["shm", "ipc", "gloo", "nccl"]
 
 _HOST = "127.0.0.1"
 """Engines are children of this process."""
-_TIMEOUT_S = 300.0
-"""How long sender and workers wait for each other."""
+_TIMEOUT_S = 60.0
+"""How long sender and workers wait for each other; each wait is for one bucket at most."""
 
 
 def choose(transfer: Literal["auto"] | Way, config: SamplerConfig, weights_device: torch.device) -> Way:
@@ -71,8 +79,21 @@ def make_segments(way: Way, weights_device: torch.device, *, number: int | None 
     return [Segment(HostMemory()) for _ in range(number or 2)]
 
 
-def make_transfer(way: Way, weights_device: torch.device, *, bucket_bytes: int) -> Transfer:
-    if way in ("shm", "ipc"):
+def make_transfer(
+    way: Way,
+    weights_device: torch.device,
+    *,
+    bucket_bytes: int,
+    lora: LoraConfig | None = None,
+    groups: Sequence[TensorGroup] = (),
+) -> Transfer:
+    """
+    Args:
+        lora: versions are adapters of this kind, and consist of ``groups``.
+    """
+    if lora is not None:
+        return _Adapter(lora, groups)
+    if way == "shm" or way == "ipc":
         return _Mapped()
     return _Broadcast(way, weights_device, bucket_bytes=bucket_bytes)
 
@@ -117,6 +138,38 @@ class _Mapped:
         pass
 
 
+class _Adapter:
+    """Versions are low-rank adapters: written while answers go on, loaded in place while the engine stands still."""
+
+    backend = "shm"
+
+    def __init__(self, lora: LoraConfig, groups: Sequence[TensorGroup]) -> None:
+        self._lora = lora
+        self._groups = groups
+        self._scratch = tempfile.TemporaryDirectory(prefix="slipstream-adapter-")
+        self._folder = Path(self._scratch.name) / "policy"
+
+    async def connect(self, engine: VllmEngine) -> None:
+        """With an adapter that changes nothing, so that answers under way take over the first one that does."""
+        nothing = [(group.names[0], torch.zeros(group.shape)) for group in self._groups]
+        await asyncio.to_thread(self._write, nothing)
+        await engine.load_adapter(self._folder)
+
+    async def bring(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
+        (bucket,) = segment.buckets(packed, bucket_bytes=packed.num_bytes)
+        await asyncio.to_thread(self._write, zip(bucket.names, bucket.tensors, strict=True))
+
+    async def load(self, engine: VllmEngine, segment: Segment, packed: Packed, *, version: int) -> None:
+        await engine.load_adapter(self._folder)
+        await engine.set_version(version)
+
+    def close(self) -> None:
+        self._scratch.cleanup()
+
+    def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        write_adapter(self._folder, tensors, self._lora)
+
+
 class _Broadcast:
     """One sender, the engine's workers, and a group of their own, so that an engine that is gone takes nobody along."""
 
@@ -139,23 +192,35 @@ class _Broadcast:
     async def bring(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
         if self._way == "gloo":
             await engine.call_workers("fetch_weights")
-            await self._send(segment, packed)
+            await self._send(engine, segment, packed)
 
     async def load(self, engine: VllmEngine, segment: Segment, packed: Packed, *, version: int) -> None:
         if self._way == "gloo":
             await engine.load({"is_fetched": True}, version=version)
         else:
-            await self._both(self._send(segment, packed), engine.load({"is_fetched": False}, version=version))
+            await self._both(self._send(engine, segment, packed), engine.load({"is_fetched": False}, version=version))
 
     def close(self) -> None:
         if self._sender is not None:
             self._sender.close()
         self._thread.shutdown(wait=False)
 
-    async def _send(self, segment: Segment, packed: Packed) -> None:
+    async def _send(self, engine: VllmEngine, segment: Segment, packed: Packed) -> None:
+        """A sender whose workers are gone may wait for them until its time is over; nobody waits for it then."""
         assert self._sender is not None, "connect comes first"
         sender, buckets = self._sender, segment.buckets(packed, bucket_bytes=self._bucket_bytes)
-        await asyncio.get_running_loop().run_in_executor(self._thread, sender.send, buckets)
+        sending = asyncio.get_running_loop().run_in_executor(self._thread, sender.send, buckets)
+        dying = asyncio.ensure_future(engine.watch())
+        try:
+            await asyncio.wait([sending, dying], return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                self.close()
+                sending.add_done_callback(lambda late: late.exception())
+                await dying
+            await sending
+        finally:
+            dying.cancel()
+            await settled(dying)
 
     async def _both(self, sending: Awaitable[None], receiving: Awaitable[None]) -> None:
         """When one fails the other is not waited for: it would wait for the first."""

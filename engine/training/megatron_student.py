@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from engine.errors import ModelError, RecipeError
 from engine.megatron_config import MegatronConfig
 
@@ -112,6 +110,8 @@ def read_shape(folder: Path) -> StudentShape:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"student {str(folder)!r}: no config.json there; expected a folder in Hugging Face format")
+    from transformers import AutoConfig  # seconds, and whoever has a shape already does without
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and json raise a dozen kinds; all mean this file
@@ -143,7 +143,7 @@ def shape_of(config: Any, *, where: str = "the student") -> StudentShape:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads if latent else config.num_key_value_heads,
-        head_dim=latent.nope_dim + latent.rope_dim if latent else config.head_dim,
+        head_dim=latent.nope_dim + latent.rope_dim if latent else _head_dim(config),
         ffn_size=config.intermediate_size,
         norm_eps=config.rms_norm_eps,
         is_tied=bool(config.tie_word_embeddings),
@@ -197,6 +197,11 @@ def _check_stages(shape: StudentShape, config: MegatronConfig) -> None:
             f"{shape.num_layers} layers{taken}; set first_stage_layers or last_stage_layers so that what is left "
             f"divides by {num_others or 1}, or change pipeline_parallel"
         )
+
+
+def _head_dim(config: Any) -> int:
+    """Not every family's config says it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _rope(config: Any, refuse: _Refuse) -> Rope:

@@ -46,6 +46,7 @@ BENCHES = (
     Bench("losses"),
     Bench("generation", arguments=("--cpu-time",)),
     Bench("first_rollout"),
+    Bench("vllm", is_quick=False),
     Bench("memory"),
     Bench("trace"),
     Bench("report"),

@@ -8,6 +8,7 @@ last stage alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,8 +38,6 @@ class Passes:
     """Response tokens whose rows this context-parallel rank held; 0 before the last stage."""
     num_computed: int
     """Positions through the model, padding included, over the ranks that share a row."""
-    num_real: int
-    """Of these: no padding."""
 
 
 def run_passes(
@@ -48,14 +47,14 @@ def run_passes(
     *,
     uploader: Uploader,
     forward_only: bool,
-    on_row: Callable[[Row], None],
+    watch: Callable[[Row], AbstractContextManager[None]] = lambda row: nullcontext(),
     **measure: Any,
 ) -> Passes:
     """Collective.
 
     Args:
         chunk: the model with what is wrapped around it.
-        on_row: told of each row before it goes through the model.
+        watch: entered for each row's forward pass.
         measure: as in ``ops.linear_divergence``.
     """
     counts = _Counts()
@@ -63,14 +62,13 @@ def run_passes(
     def forward(micro_batches: Iterator[RankMicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
         micro_batch = next(micro_batches)
         row = make_row([_inputs(rollout) for rollout in micro_batch.rollouts], device=uploader.device)
-        on_row(row)
         targets: Targets | None = None
         if parallel_state.is_pipeline_last_stage():
             targets = make_targets(micro_batch.rollouts, row, uploader)
             counts.num_tokens += 0 if targets is None else len(targets.columns)
         counts.num_computed += row.num_computed
-        counts.num_real += sum(len(places) for places in row.places)
-        hidden = model(row.token_ids, row.position_ids, None, packed_seq_params=row.packing)
+        with watch(row):
+            hidden = model(row.token_ids, row.position_ids, None, packed_seq_params=row.packing)
         loss = partial(loss_of, model=unwrapped(model), targets=targets, objective=objective, **measure)
         return hidden, loss
 
@@ -84,16 +82,11 @@ def run_passes(
             micro_batch_size=1,
             forward_only=forward_only,
         )
-    return Passes(
-        found=tuple(found),
-        num_tokens=counts.num_tokens,
-        num_computed=counts.num_computed,
-        num_real=counts.num_real,
-    )
+    return Passes(found=tuple(found), num_tokens=counts.num_tokens, num_computed=counts.num_computed)
 
 
 class _Counts:
-    num_tokens = num_computed = num_real = 0
+    num_tokens = num_computed = 0
 
 
 def _inputs(rollout: RankRollout) -> npt.NDArray[np.int32]:

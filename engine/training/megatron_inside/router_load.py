@@ -6,6 +6,8 @@ it these counts instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,19 +30,23 @@ class RouterLoad:
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._counts = [torch.zeros(0)] * len(self._routers)
         self._is_real: Tensor | None = None
-        self._is_counting = False
+        """[tokens that this rank routes] of the row that is counted; None: none is."""
         for number, router in enumerate(self._routers):
             router.register_forward_hook(self._listener(number))
         self.clear()
 
-    def begin(self, row: Row, *, counts: bool) -> None:
-        """The next pass is this row's."""
-        self._is_counting = counts
+    @contextmanager
+    def of(self, row: Row) -> Iterator[None]:
+        """Count while this lasts: one forward pass of ``row``. What the backward pass computes again comes after."""
         size, rank = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_tensor_model_parallel_rank(),
         )
         self._is_real = row.is_real.chunk(size)[rank]
+        try:
+            yield
+        finally:
+            self._is_real = None
 
     def clear(self) -> None:
         self._counts = [
@@ -63,9 +69,7 @@ class RouterLoad:
 
     def _listener(self, number: int) -> Any:
         def listen(module: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
-            # Recomputation routes a second time; the first time it does so without gradients.
-            if self._is_counting and torch.is_grad_enabled():
-                assert self._is_real is not None, "a pass begins with begin()"
+            if self._is_real is not None:
                 self._counts[number] += output[1][self._is_real].sum(dim=0)
 
         return listen

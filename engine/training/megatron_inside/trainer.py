@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,7 +253,7 @@ class MegatronRankTrainer:
             objective,
             uploader=loaded.uploader,
             forward_only=not is_training,
-            on_row=partial(loaded.load.begin, counts=is_training),
+            **({"watch": loaded.load.of} if is_training else {}),
             **self._blocks,
             **measure,
         )

@@ -54,6 +54,7 @@ class FakeGenerator:
 
     def __init__(self) -> None:
         self.open: dict[int, asyncio.Future[None]] = {}
+        self.places = 7
         self.starts = 0
         self.waves: list[list[int]] = []
         self.dead = asyncio.Event()
@@ -98,6 +99,9 @@ class FakeGenerator:
         self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig, digest: str | None = None
     ) -> None:
         raise AssertionError("nobody pushes weights here")
+
+    def capacity(self) -> int:
+        return self.places
 
     def statistics(self) -> GeneratorStatistics:
         raise AssertionError("nobody asks here")
@@ -185,6 +189,7 @@ class Bench:
         async def load_weights() -> None:
             self.loads += 1
 
+        self.generator.places = concurrency - 1
         return Sampler(
             "sampler",
             prompts=self.prompts[1],
@@ -192,7 +197,7 @@ class Bench:
             generator=self.generator,
             schedule=self.schedule,
             params=PARAMS,
-            concurrency=concurrency,
+            spare=1,
             waves=waves,
             load_weights=load_weights,
         )
@@ -284,6 +289,25 @@ async def test_the_sampler_keeps_no_more_open_than_it_may(ledger: Ledger, settle
     bench.generator.answer(1)
     await settle()
     assert sorted(bench.generator.open) == [0, 2]
+    await end(run)
+
+
+async def test_a_generator_that_has_less_room_is_given_less(ledger: Ledger, settle: Settle) -> None:
+    """Memory for keys and values is full, or one of several engines away."""
+    bench = Bench(ledger)
+    run = spawn(bench.sampler(concurrency=3).run())
+    await bench.feed(4)
+    await settle()
+    assert sorted(bench.generator.open) == [0, 1, 2]
+
+    bench.generator.places = 0
+    bench.generator.answer(0, 1)
+    await settle()
+    assert sorted(bench.generator.open) == [2]
+    bench.generator.places = 2
+    bench.generator.answer(2)
+    await settle()
+    assert sorted(bench.generator.open) == [3]
     await end(run)
 
 
@@ -455,7 +479,7 @@ async def test_in_flight_raises_the_first_failure_and_leaves_no_task() -> None:
     async def last() -> None:
         await asyncio.Event().wait()
 
-    tasks = InFlight(limit=3)
+    tasks = InFlight(limit=lambda: 3)
 
     async def work() -> None:
         async with tasks:
