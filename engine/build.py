@@ -96,7 +96,7 @@ def standard_graph(recipe: Recipe) -> Graph:
                 make=_learner,
                 consumes="scored",
                 produces="versions",
-                about=f"{recipe.learner.backend} on {recipe.learner.device}, {recipe.objective.kind}, "
+                about=f"{recipe.learner.backend} on {_about_learner(recipe)}, {recipe.objective.kind}, "
                 f"{per_step} rollouts per step",
             ),
             ActorSpec(name="weight_syncer", make=_weight_syncer, consumes="versions", about=recipe.weights.mode),
@@ -143,7 +143,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         ledger.close()
         raise
     learner_worker, syncer_worker = Worker("learner"), Worker("weight_syncer")
-    generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
+    generator, trainer, weights_lock = _generator(recipe), _trainer(recipe, run_dir), asyncio.Lock()
     return Parts(
         recipe=recipe,
         run_dir=run_dir,
@@ -298,7 +298,7 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
         rollouts_per_step=recipe.rollouts_per_step,
         max_staleness=recipe.max_staleness,
         num_steps=max(recipe.steps, step),
-        micro_batch_tokens=recipe.learner.micro_batch_tokens,
+        micro_batch_tokens=recipe.learner.tokens_at_a_time,
         micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
         version=step,
         min_wave=recipe.sampler.min_wave,
@@ -345,7 +345,18 @@ def _weight_probe(
     )
 
 
-def _trainer(recipe: Recipe) -> Trainer:
+def _trainer(recipe: Recipe, run_dir: RunDir) -> Trainer:
+    if recipe.learner.backend == "megatron":
+        from engine.training.megatron import MegatronTrainer
+
+        return MegatronTrainer(
+            config=recipe.learner,
+            student=recipe.student,
+            objective=recipe.objective,
+            steps=recipe.steps,
+            seed=recipe.seed,
+            folder=run_dir.ranks,
+        )
     from engine.training.hf import HFTrainer
 
     return HFTrainer(
@@ -536,6 +547,21 @@ def _state_maker(parts: Parts) -> Callable[[int, str], CheckpointState]:
         )
 
     return make_state
+
+
+def _about_learner(recipe: Recipe) -> str:
+    learner, megatron = recipe.learner, recipe.learner.megatron
+    if learner.backend != "megatron":
+        return learner.device
+    named = {
+        "tensor": megatron.tensor_parallel,
+        "pipeline": megatron.pipeline_parallel,
+        "context": megatron.context_parallel,
+        "data": megatron.data_parallel,
+        "expert": megatron.expert_parallel,
+    }
+    cut = ", ".join(f"{name} {size}" for name, size in named.items() if size > 1)
+    return f"{megatron.num_ranks} × {learner.device}" + (f" ({cut})" if cut else "")
 
 
 def _about_teacher(recipe: Recipe) -> str:

@@ -123,6 +123,10 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
     attempt("devices", lambda: _devices(recipe))
     if recipe.sampler.backend == "vllm":
         attempt("vllm", _vllm)
+    if recipe.learner.backend == "megatron":
+        attempt("megatron", _megatron)
+        if student is not None:
+            attempt("layout", lambda: _layout(recipe))
     if recipe.learner.lora is not None:
         attempt("lora", _peft)
     attempt("port", lambda: _port(recipe))
@@ -355,6 +359,8 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
             device = torch.device(name)
         except RuntimeError as error:
             raise RecipeError(f"{field}={name!r} is not a device: {error}") from error
+        if field == "learner.device" and recipe.learner.backend == "megatron":
+            _check_ranks_devices(recipe, device, num_devices=torch.cuda.device_count())
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"{field}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu'")
         if device.type == "cuda" and field == "sampler.device" and recipe.sampler.backend == "vllm":
@@ -386,6 +392,44 @@ def _vllm() -> tuple[str, None]:
         )
     names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
     return f"{names[0]} {importlib.metadata.version(names[0])} is installed", None
+
+
+def _megatron() -> tuple[str, None]:
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RecipeError(
+            "learner.backend='megatron' needs the package megatron-core, which is not installed here: pip install "
+            "'slipstream[megatron]'"
+        ) from error
+    return f"megatron-core {found} is installed", None
+
+
+def _layout(recipe: Recipe) -> tuple[str, None]:
+    from engine.training.megatron_student import check_layout, read_shape
+
+    config = recipe.learner.megatron
+    check_layout(read_shape(Path(recipe.student.path)), config)
+    layout = (
+        f"tensor {config.tensor_parallel} × pipeline {config.pipeline_parallel} × context {config.context_parallel} × "
+        f"data {config.data_parallel}, expert {config.expert_parallel}"
+    )
+    return f"{layout}: the student fits {config.num_ranks} ranks", None
+
+
+def _check_ranks_devices(recipe: Recipe, device: Any, *, num_devices: int) -> None:
+    """Rank r computes on device r, so learner.device only says on which kind."""
+    num_ranks = recipe.learner.megatron.num_ranks
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise RecipeError(
+            f"learner.device={recipe.learner.device!r}: with learner.backend='megatron' it is 'cuda' (rank r on device "
+            "r) or 'cpu'"
+        )
+    if device.type == "cuda" and num_devices < num_ranks:
+        raise RecipeError(
+            f"learner.megatron: {num_ranks} ranks (tensor × pipeline × context × data parallel) need as many CUDA "
+            f"devices, this machine has {num_devices}; make the layout smaller, or set learner.device='cpu'"
+        )
 
 
 def _peft() -> tuple[str, None]:

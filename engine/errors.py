@@ -14,6 +14,7 @@
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * WeightsMismatch                   a generator received other bits than the learner sent
     * GeneratorDied                     the engine that held rollouts is gone
+    * RanksLost                         a process of the learner died, hung or failed, and all of them were stopped
     * AnswerLost                        one of several engines is gone, with an answer; ask again
     * TensorPlaneError                  weights did not travel: a sender or receiver is gone, or does not answer
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
@@ -112,6 +113,11 @@ class WeightsMismatch(EngineError):
 
 class GeneratorDied(EngineError):
     """The generation engine is gone; what it held must be sampled again."""
+
+
+class RanksLost(EngineError):
+    """A rank of a group died, hangs or raised what it should not; all ranks were stopped, and what they held is lost.
+    The message names the rank and shows its traceback or the end of its log."""
 
 
 class AnswerLost(EngineError):

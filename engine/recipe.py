@@ -236,6 +236,27 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     num_threads: Threads = 1
     megatron: MegatronConfig = MegatronConfig()
 
+    @property
+    def tokens_at_a_time(self) -> int:
+        """Prompt and response tokens that the learner is handed over together: one forward and backward pass, or for a
+        learner on many ranks so many that each of them has its passes. A rollout still has to fit into one pass."""
+        if self.backend == "hf":
+            return self.micro_batch_tokens
+        return self.micro_batch_tokens * self.megatron.data_parallel * self.megatron.num_micro_batches
+
+    def __post_init__(self) -> None:
+        if self.backend != "megatron":
+            return
+        if self.gradient_checkpointing:
+            raise RecipeError(
+                "learner.gradient_checkpointing=true is the torch learner's; with learner.backend='megatron' set "
+                "learner.megatron.recompute instead"
+            )
+        if self.packing != "packed":
+            raise RecipeError(
+                f"learner.packing={self.packing!r}: learner.backend='megatron' always packs; leave the field out"
+            )
+
 
 class WeightsConfig(Section, frozen=True, kw_only=True):
     """How a new policy version reaches the generators."""

@@ -57,8 +57,11 @@ class TinyWorld(NamedTuple):
     test: Path
 
 
-def make(family: Family, folder: Path) -> TinyWorld:
+def make(family: Family, folder: Path, *, num_layers: int = 3) -> TinyWorld:
     """Make models and prompts of ``family`` under ``folder``, unless they are there.
+
+    Args:
+        num_layers: of the teacher; the student has one less.
 
     Needs the extra ``parquet``.
     """
@@ -68,7 +71,7 @@ def make(family: Family, folder: Path) -> TinyWorld:
         whole = aside / folder.name
         try:
             whole.mkdir()
-            _write(family, world_in(whole))
+            _write(family, world_in(whole), num_layers)
             os.rename(whole, folder)
         except OSError:
             # Two at once: both make the same bits, the first one's are kept.
@@ -83,7 +86,7 @@ def world_in(folder: Path) -> TinyWorld:
     return TinyWorld(folder / "student", folder / "teacher", folder / "train.parquet", folder / "test.parquet")
 
 
-def _write(family: Family, world: TinyWorld) -> None:
+def _write(family: Family, world: TinyWorld, num_layers: int) -> None:
     train, test = word_problems(NUM_TRAIN, seed=0), word_problems(NUM_TEST, seed=1)
     for path, rows in ((world.train, train), (world.test, test)):
         write_parquet(path, rows)
@@ -91,7 +94,7 @@ def _write(family: Family, world: TinyWorld) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    teacher, student = teacher_and_student(CONFIGS[family])
+    teacher, student = teacher_and_student(CONFIGS[family], num_layers=num_layers)
     for model, path in ((teacher, world.teacher), (student, world.student)):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from engine.errors import ModelError, RecipeError
 from engine.megatron_config import MegatronConfig
 
@@ -112,6 +110,8 @@ def read_shape(folder: Path) -> StudentShape:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"student {str(folder)!r}: no config.json there; expected a folder in Hugging Face format")
+    from transformers import AutoConfig  # seconds, and whoever has a shape already does without
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and json raise a dozen kinds; all mean this file
@@ -143,7 +143,7 @@ def shape_of(config: Any, *, where: str = "the student") -> StudentShape:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads if latent else config.num_key_value_heads,
-        head_dim=latent.nope_dim + latent.rope_dim if latent else config.head_dim,
+        head_dim=latent.nope_dim + latent.rope_dim if latent else _head_dim(config),
         ffn_size=config.intermediate_size,
         norm_eps=config.rms_norm_eps,
         is_tied=bool(config.tie_word_embeddings),
@@ -199,6 +199,11 @@ def _check_stages(shape: StudentShape, config: MegatronConfig) -> None:
         )
 
 
+def _head_dim(config: Any) -> int:
+    """Not every family's config says it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _rope(config: Any, refuse: _Refuse) -> Rope:
     parameters = dict(config.rope_parameters or {})
     kind = parameters.get("rope_type", "default")
@@ -214,13 +219,13 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
             refuse.unless(parameters.get(name) == value, f"rope {name}={parameters.get(name)}", str(value))
         return Rope(theta=theta, kind="llama3", factor=float(parameters["factor"]))
     refuse.unless(kind == "yarn" and is_latent, f"rope of type {kind!r}", "default, llama3, or yarn of deepseek_v3")
-    for name, value in (("attention_factor", None), ("truncate", True)):
-        refuse.unless(parameters.get(name, value) == value, f"rope {name}={parameters.get(name)}", str(value))
+    expected: dict[str, object] = {"attention_factor": None, "truncate": True}
+    for name, only in expected.items():
+        refuse.unless(parameters.get(name, only) == only, f"rope {name}={parameters.get(name)}", str(only))
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     refuse.unless(
         bool(mscale) or not mscale_all_dim, f"rope mscale_all_dim={mscale_all_dim} without mscale", "both or none"
     )
-    both = bool(mscale and mscale_all_dim)
     return Rope(
         theta=theta,
         kind="yarn",
@@ -229,8 +234,8 @@ def _rope(config: Any, refuse: _Refuse) -> Rope:
         beta_fast=float(parameters.get("beta_fast") or 32),
         beta_slow=float(parameters.get("beta_slow") or 1),
         # With only one of the two, transformers takes neither.
-        mscale=float(mscale) if both else 1.0,
-        mscale_all_dim=float(mscale_all_dim) if both else 0.0,
+        mscale=float(mscale) if mscale and mscale_all_dim else 1.0,
+        mscale_all_dim=float(mscale_all_dim) if mscale and mscale_all_dim else 0.0,
     )
 
 

@@ -28,6 +28,8 @@ from teacher.protocol import Scores
 if TYPE_CHECKING:
     import torch
 
+    from engine.generation.shareable import Address
+
 FACTORY = "engine.training.megatron_inside.trainer:make_trainer"
 """What every rank calls, as ``make_trainer(settings=RankSettings, buffers=ExportBuffers) -> RankTrainer``, when
 torch.distributed is initialised, and on a GPU the rank's device set. It loads nothing: ``start`` and ``load`` do."""
@@ -50,6 +52,15 @@ class ExportBuffers(Protocol):
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         """[num_bytes] uint8 on ``device``, the other piece at every call: once for each bucket."""
+        ...
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Of the piece taken last: its number, and of how many memories that it has had this is the latest."""
+        ...
+
+    def address(self) -> Address:
+        """Of the piece taken last, for another rank to map it, once."""
         ...
 
 
@@ -109,7 +120,9 @@ class RankTrainer(Protocol):
 
     def start(self) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> int | None:
+        """Rank 0 reports the version that ``folder`` holds."""
+        ...
 
     def accumulate(self, work: RankWork) -> RankReport | None: ...
 
@@ -131,9 +144,9 @@ class RankTrainer(Protocol):
 
         Called and advanced in a thread of its own, in which autograd is off. Meanwhile the main thread may be in
         ``accumulate``, ``evaluate`` or ``score``, which only read weights (never in ``finish_step``, ``load`` or
-        ``save``): its collectives use process groups that nothing else uses. With NCCL two collectives that wait for
-        each other's place on the device hang, so there the node lets one call, or one bucket, run at a time. An
-        iterator that is closed early ends on all ranks at once.
+        ``save``): it may wait for whatever it likes, but passes must never wait for an export, and no NCCL collective
+        may be part of one, since two that wait for each other's place on the device hang. An iterator that is closed
+        early ends on all ranks at once.
         """
         ...
 

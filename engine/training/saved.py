@@ -50,6 +50,11 @@ def save_student(
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     finally:
         model.generation_config = own
+    copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """What belongs to a model beside config and weights: tokenizer, templates, generation config."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in _OWN:
             shutil.copyfile(path, folder / path.name)

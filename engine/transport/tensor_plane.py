@@ -188,8 +188,7 @@ class WeightSender(_Plane):
         Raises:
             TensorPlaneError: a receiver is gone or does not answer. The plane is closed; form a new one.
         """
-        if self._group is None:
-            raise TensorPlaneError(f"{self!r} has not joined; call join first")
+        assert self._group is not None or self._store is None, "call join first"
         with self._translated("could not send a version"):
             works: list[Any] = [None] * _NUM_BUFFERS
             num_buckets = 0

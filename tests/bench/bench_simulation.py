@@ -22,7 +22,7 @@ MAX_GROWTH = 1.5
 SMALL = "40 steps of 128 rollouts"
 LARGE = (
     ("1,000 samplers and 100 teacher replicas", ("replay.num_samplers=1000", "replay.num_teachers=100")),
-    ("100 times the rollouts in a step", ("rollouts_per_step=12800", "steps=4")),
+    ("100 times the rollouts in a step", ("rollouts_per_step=12800",)),
     ("100 times the steps", ("steps=4000",)),
 )
 """The last one takes minutes: not when quick."""

@@ -6,6 +6,7 @@ the layout). All fusions that need kernels of their own are off unless Transform
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -56,9 +57,12 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         # Experts are whole: gloo has no all_gather of uneven parts, and their products are small enough.
         "expert_tensor_parallel_size": 1,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        "perform_initialization": False,  # all weights are loaded
+        # All weights are loaded, but only where it draws them does Megatron mark those that are cut; the norm of the
+        # gradient would leave the others' parts out.
+        "perform_initialization": True,
         # How.
         "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, without experts, too
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
@@ -69,19 +73,17 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         **_recompute(config),
         **({} if shape.experts is None else _experts(shape.experts, config)),
     }
-    if shape.latent is None:
-        return TransformerConfig(**options)
-    return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
+    with warnings.catch_warnings():
+        # About CUDA graphs, which are not asked for, and about recomputing what a fused attention does not keep.
+        warnings.filterwarnings("ignore", message="full scope is deprecated|If you are using transformer_engine")
+        if shape.latent is None:
+            return TransformerConfig(**options)
+        return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
 
 
-def ddp_config(config: MegatronConfig) -> DistributedDataParallelConfig:
-    """Of gradients."""
-    return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.distributed_optimizer,
-        overlap_grad_reduce=config.overlap_grad_reduce,
-        overlap_param_gather=config.overlap_param_gather,
-    )
+def ddp_config() -> DistributedDataParallelConfig:
+    """Of gradients: summed in float32, once per step."""
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
 
 
 def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
@@ -97,8 +99,7 @@ def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
         clip_grad=0.0,
         bf16=config.dtype == "bfloat16",
         params_dtype=DTYPES[config.dtype],
-        use_distributed_optimizer=config.distributed_optimizer,
-        overlap_param_gather=config.overlap_param_gather,
+        use_distributed_optimizer=True,
     )
 
 
@@ -128,7 +129,6 @@ def _experts(experts: Experts, config: MegatronConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": uses_transformer_engine(),
         "moe_permute_fusion": False,
     }

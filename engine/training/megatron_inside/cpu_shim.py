@@ -44,22 +44,22 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     _Installed.mode = _CudaIsCpu()
-    _Installed.mode.__enter__()
+    _Installed.mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def install_megatron() -> None:
     """What has names of its own in Megatron's modules."""
     if torch.cuda.is_available():
         return
-    import torch._dynamo
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
+    from torch._dynamo import config as dynamo_config
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
     # Its jit_fuser is torch.compile: minutes of a C++ compiler at every start, for kernels that CPU tests do not need.
-    torch._dynamo.config.disable = True
+    dynamo_config.disable = True
 
 
 class _Installed:

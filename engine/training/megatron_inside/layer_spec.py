@@ -32,7 +32,7 @@ class RmsNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class LatentRmsNorm(RmsNorm):
@@ -59,7 +59,7 @@ def mend_latent_norms(model: torch.nn.Module) -> None:
     """TransformerEngine's are part of the up-projections, which take ``rms_norm_eps``."""
     for name, module in model.named_modules():
         if name.endswith(("linear_kv_up_proj", "linear_q_up_proj")) and hasattr(module, "layer_norm_weight"):
-            module.eps = LATENT_NORM_EPS  # type: ignore[assignment]
+            module.eps = LATENT_NORM_EPS
 
 
 def _make_own(layer: Any, *, is_latent: bool) -> None:

@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from engine.megatron_config import MegatronConfig
-from engine.training.megatron_inside.config import transformer_config
+from engine.training.megatron_inside.config import ddp_config, transformer_config
 from engine.training.megatron_inside.layer_spec import block_spec, mend_latent_norms
 from engine.training.megatron_student import StudentShape
 
 
-class StudentModel(GPTModel):
+class StudentModel(GPTModel):  # type: ignore[misc]
     """A GPT model whose last stage ends before the head: ``forward`` gives hidden states [1, s, d], whole on every
     tensor-parallel rank, and the loss multiplies those rows with ``head_weight`` that it is about.
 
@@ -38,8 +40,8 @@ class StudentModel(GPTModel):
 
 
 def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentModel]:
-    """The model chunks of this rank (one), on its device, weights not set. The layout must be initialised and fit the
-    student (``engine.training.megatron_student.check_layout``)."""
+    """The model chunks of this rank (one: the layers of its stage), on its device, weights not set. The layout must be
+    initialised and fit the student (``engine.training.megatron_student.check_layout``)."""
     transformer = transformer_config(shape, config)
     model = StudentModel(
         config=transformer,
@@ -63,7 +65,7 @@ def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentMode
     return [model.to(_device(transformer))]
 
 
-class _BeforeHead(ColumnParallelLinear):
+class _BeforeHead(ColumnParallelLinear):  # type: ignore[misc]
     """The head without its product: [s / ranks, 1, d] in, [s, 1, d] out."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -74,6 +76,18 @@ class _BeforeHead(ColumnParallelLinear):
 
 def _device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
+
+
+def wrap(model: StudentModel) -> DistributedDataParallel:
+    """In half precision where the recipe says so, with buffers in which gradients add up. Weights are set after."""
+    config = model.config
+    module: nn.Module = Float16Module(config, model) if config.bf16 else model
+    for router in model.modules():
+        if getattr(router, "expert_bias", None) is not None:
+            # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
+            # value that was loaded, and for whoever exports before.
+            router.expert_bias.data = router.expert_bias.data.float()  # type: ignore[union-attr, operator]
+    return DistributedDataParallel(config, ddp_config(), module)
 
 
 def unwrapped(chunk: nn.Module) -> StudentModel:

@@ -10,6 +10,7 @@ cpu_shim.install()
 with warnings.catch_warnings():
     # It says at import, once per optional library, that this is not installed (TransformerEngine, Apex, ModelOpt).
     warnings.simplefilter("ignore")
+    import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer  # noqa: F401
 without_te.mend()
 cpu_shim.install_megatron()

@@ -88,6 +88,8 @@ class Receivers:
 
     def stop(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send("leave")
             pipe.close()
             process.join(20)
             process.kill()
