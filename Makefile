@@ -55,6 +55,7 @@ test: lint models
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.vllm
+	$(VENV_VLLM)/bin/python -m recipes.smollm2_models --out models/smollm2
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev
@@ -64,7 +65,7 @@ lint: $(VENV)/.dev
 
 # One process each, one after the other: they would disturb each other. All are run; one that misses its number fails.
 # The table is kept under docs/measurements/.
-bench: $(VENV)/.bench models
+bench: $(VENV)/.bench $(VENV_VLLM)/.vllm models
 	$(BIN)/python -m tests.bench $(ARGS)
 
 # Stamps: an environment is made again where pyproject.toml is newer than it.

@@ -97,7 +97,7 @@ def standard_graph(recipe: Recipe) -> Graph:
                 make=_learner,
                 consumes="scored",
                 produces="versions",
-                about=f"{recipe.learner.backend} on {recipe.learner.device}, {recipe.objective.kind}, "
+                about=f"{recipe.learner.backend} on {_about_learner(recipe)}, {recipe.objective.kind}, "
                 f"{per_step} rollouts per step",
             ),
             ActorSpec(name="weight_syncer", make=_weight_syncer, consumes="versions", about=recipe.weights.mode),
@@ -144,7 +144,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         ledger.close()
         raise
     learner_worker, syncer_worker = Worker("learner"), Worker("weight_syncer")
-    generator, trainer, weights_lock = _generator(recipe), _trainer(recipe), asyncio.Lock()
+    generator, trainer, weights_lock = _generator(recipe), _trainer(recipe, run_dir), asyncio.Lock()
     return Parts(
         recipe=recipe,
         run_dir=run_dir,
@@ -162,7 +162,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         params=sampling_params(recipe, inputs.student),
         learner_worker=learner_worker,
         syncer_worker=syncer_worker,
-        sampler_concurrency=sampler_concurrency(recipe, num_slots=_num_slots(recipe)),
+        sampler_spare=sampler_spare(recipe),
         teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
         most_top_k=inputs.most_top_k,
         weights_lock=weights_lock,
@@ -181,12 +181,13 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
 def _num_slots(recipe: Recipe) -> int:
     """Answers that are decoded side by side."""
     sampler = recipe.sampler
-    return sampler.num_slots * (sampler.vllm.data_parallel if sampler.backend == "vllm" else 1)
+    copies = sampler.vllm.num_engines * sampler.vllm.data_parallel
+    return sampler.num_slots * (copies if sampler.backend == "vllm" else 1)
 
 
-def sampler_concurrency(recipe: Recipe, *, num_slots: int) -> int:
-    """Answers under way: a few more than slots, so that a finished slot is refilled at the next decode step."""
-    return num_slots + max(1, recipe.samples_per_prompt)
+def sampler_spare(recipe: Recipe) -> int:
+    """Answers under way beyond what the generator decodes: a finished slot is refilled at the next decode step."""
+    return max(1, recipe.samples_per_prompt)
 
 
 def num_replicas(recipe: Recipe) -> int:
@@ -299,7 +300,7 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
         rollouts_per_step=recipe.rollouts_per_step,
         max_staleness=recipe.max_staleness,
         num_steps=max(recipe.steps, step),
-        micro_batch_tokens=recipe.learner.micro_batch_tokens,
+        micro_batch_tokens=recipe.learner.tokens_at_a_time,
         micro_batch_rollouts=recipe.learner.micro_batch_rollouts,
         version=step,
         min_wave=recipe.sampler.min_wave,
@@ -310,11 +311,15 @@ def make_flow(recipe: Recipe, *, step: int = 0) -> Flow:
 def _generator(recipe: Recipe) -> Generator:
     if recipe.sampler.backend == "vllm":
         from engine.generation.vllm import VllmGenerator
+        from engine.generation.vllm_fleet import VllmFleet
 
-        return VllmGenerator(
+        make = VllmGenerator if recipe.sampler.vllm.num_engines == 1 else VllmFleet
+        return make(
             config=recipe.sampler,
             student=recipe.student,
             max_length=longest(recipe),
+            lora=recipe.learner.lora,
+            weights=recipe.weights,
             weights_device=recipe.learner.device,
         )
     from engine.generation.hf import HFGenerator
@@ -328,8 +333,9 @@ def _weight_probe(
     if recipe.weights.verify_every == 0:
         return None
     from engine.generation.vllm import VllmGenerator
+    from engine.generation.vllm_fleet import VllmFleet
 
-    assert isinstance(generator, VllmGenerator), "the recipe allows no other"
+    assert isinstance(generator, VllmGenerator | VllmFleet), "the recipe allows no other"
     return WeightProbe(
         generator=generator,
         learner=trainer.score,
@@ -341,7 +347,18 @@ def _weight_probe(
     )
 
 
-def _trainer(recipe: Recipe) -> Trainer:
+def _trainer(recipe: Recipe, run_dir: RunDir) -> Trainer:
+    if recipe.learner.backend == "megatron":
+        from engine.training.megatron import MegatronTrainer
+
+        return MegatronTrainer(
+            config=recipe.learner,
+            student=recipe.student,
+            objective=recipe.objective,
+            steps=recipe.steps,
+            seed=recipe.seed,
+            folder=run_dir.ranks,
+        )
     from engine.training.hf import HFTrainer
 
     return HFTrainer(
@@ -350,6 +367,7 @@ def _trainer(recipe: Recipe) -> Trainer:
         objective=recipe.objective,
         steps=recipe.steps,
         seed=recipe.seed,
+        exports_adapter=recipe.sampler.backend == "vllm",
     )
 
 
@@ -383,7 +401,7 @@ def _sampler(ports: Ports) -> Actor:
         generator=parts.generator,
         schedule=parts.schedule,
         params=parts.params,
-        concurrency=parts.sampler_concurrency,
+        spare=parts.sampler_spare,
         waves=recipe.deterministic,
         load_weights=parts.push_weights,
     )
@@ -537,6 +555,21 @@ def _state_maker(parts: Parts) -> Callable[[int, str], CheckpointState]:
         )
 
     return make_state
+
+
+def _about_learner(recipe: Recipe) -> str:
+    learner, megatron = recipe.learner, recipe.learner.megatron
+    if learner.backend != "megatron":
+        return learner.device
+    named = {
+        "tensor": megatron.tensor_parallel,
+        "pipeline": megatron.pipeline_parallel,
+        "context": megatron.context_parallel,
+        "data": megatron.data_parallel,
+        "expert": megatron.expert_parallel,
+    }
+    cut = ", ".join(f"{name} {size}" for name, size in named.items() if size > 1)
+    return f"{megatron.num_ranks} × {learner.device}" + (f" ({cut})" if cut else "")
 
 
 def _about_teacher(recipe: Recipe) -> str:

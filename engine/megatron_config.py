@@ -1,6 +1,10 @@
 """What a recipe says of a learner on Megatron-core: how the student is cut into pieces, and where the pieces lie.
 
-Which student a layout fits is ``engine.training.megatron_inside.config``'s to say: that needs the model's folder.
+Which student a layout fits is ``engine.training.megatron_student``'s to say: that needs the model's folder.
+
+Two switches of Megatron are left out. Gradients are not summed over data-parallel ranks during the backward pass:
+rollouts come as they are ready, and which pass is a step's last is known after it. And weights are not gathered during
+the next forward pass: a version leaves for the samplers right after its step.
 """
 
 from __future__ import annotations
@@ -34,13 +38,8 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
     data_parallel: Positive = 1
     """Copies of all that, each with rollouts of its own."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations in a pass; gradients, master weights and optimizer moments are float32."""
-    distributed_optimizer: bool = True
-    """Master weights and moments are cut over the data-parallel ranks instead of being held by each."""
-    overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks while the backward pass goes on."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass begins; needs ``distributed_optimizer``."""
+    """Of weights and activations in a pass; gradients, master weights and optimizer moments are float32, and the last
+    two are cut over the data-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping: none, those of attention, or whole
     layers."""
@@ -76,11 +75,6 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
             raise RecipeError(
                 f"learner.megatron: expert_parallel={self.expert_parallel} does not divide tensor_parallel × "
                 f"context_parallel × data_parallel = {per_stage}, the ranks of one pipeline stage; change one of them"
-            )
-        if self.overlap_param_gather and not self.distributed_optimizer:
-            raise RecipeError(
-                "learner.megatron: overlap_param_gather=true needs distributed_optimizer=true; without it every rank "
-                "updates all weights itself, and there is nothing to gather"
             )
         stages = (self.first_stage_layers, self.last_stage_layers)
         if any(stage is not None for stage in stages) and self.pipeline_parallel == 1:

@@ -1,9 +1,9 @@
 """Every metric that a run gives out, declared once with unit, reduction and meaning. Decides names; how values come
 about and where they go lies elsewhere.
 
-``METRICS`` are the series of ``/metrics`` (``engine.metrics``). ``STEP_METRICS``, ``OBJECTIVE_METRICS`` and
-``EVALUATION_METRICS`` are columns: one row per optimizer step or per held-out measurement (``engine.step_log``). The
-tables in docs/observability.md hold the same.
+``METRICS`` are the series of ``/metrics`` (``engine.metrics``). ``STEP_METRICS``, ``OBJECTIVE_METRICS``,
+``RANK_METRICS`` and ``EVALUATION_METRICS`` are columns: one row per optimizer step or per held-out measurement
+(``engine.step_log``). The tables in docs/observability.md hold the same.
 """
 
 from __future__ import annotations
@@ -160,6 +160,19 @@ OBJECTIVE_METRICS: tuple[StepMetric, ...] = (
     _mean("student_logprob", "nats", "Of the sampled token under the student that is trained."),
 )
 """What our objectives measure on the side (``ops``). A trainer of yours may return others (``StepReport.metrics``)."""
+
+RANK_METRICS: tuple[StepMetric, ...] = (
+    _last("passes_s", "seconds", "Forward and backward passes of the step, on the first rank."),
+    _last("reduce_s", "seconds", "Summing the gradient over the ranks, its norm included."),
+    _last("update_s", "seconds", "The optimizer, with weights sent to those that share them."),
+    _last("tokens_per_s", "tokens per second", "Of prompts and answers, over the ranks' time in the step; no padding."),
+    _last("tflops", "TFLOP/s", "Arithmetic that the model needs, per device, over the same time."),
+    _last("mfu", "share", "The same, of what the device can do in bfloat16; where that is known."),
+    _last("memory_gib", "GiB", "The most that a rank has held of its device's memory, or of the machine's on CPU."),
+    _last("padding_share", "share", "Of the positions that went through the model."),
+    _last("router_peak", "1", "Tokens of the busiest expert over the mean, in the layer where it is largest."),
+)
+"""What a learner on Megatron measures besides: on ranks, for each step."""
 
 EVALUATION_METRICS: tuple[StepMetric, ...] = (
     _id("version", "version", "Of the student that was measured: optimizer steps done."),

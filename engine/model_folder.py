@@ -29,7 +29,10 @@ def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
 
     folder = Path(path)
     if not folder.is_dir():
-        raise ModelError(f"{role} {path!r} is not a folder; expected a model in Hugging Face format")
+        raise ModelError(
+            f"{role} {path!r} is not a folder; expected a model in Hugging Face format, as is fetched with: "
+            f"hf download OWNER/NAME --local-dir {path}"
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{role} {path!r} has no config.json; expected a model in Hugging Face format")
     try:

@@ -133,6 +133,11 @@ class Node:
         log.info("run.finished", step=outcome.version, stopped_by=outcome.stopped_by, wall_s=outcome.wall_s)
         return outcome
 
+    @property
+    def stopped_by(self) -> str | None:
+        """Signal that asked the run to end, if one did."""
+        return self._stopped_by
+
     def _is_ready(self) -> bool:
         return all(view.state is ActorState.RUNNING for view in self._supervisor.states())
 

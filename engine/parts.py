@@ -43,8 +43,8 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """The one thread in which the trainer is called."""
     syncer_worker: Caller
     """The thread in which versions are digested on their way out."""
-    sampler_concurrency: int
-    """Answers under way at a time."""
+    sampler_spare: int
+    """Answers that wait in the generator for a place."""
     teacher_concurrency: int
     """Rollouts at the teacher at a time."""
     most_top_k: int | None = None

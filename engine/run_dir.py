@@ -8,6 +8,7 @@ evaluations.jsonl   held-out measurements
 node.json           process id, host and port of the running node
 summary.json        what the end of the run said
 report.{html,md}    the same for people (engine/report.py)
+ranks/rank_NNN.log   what each process of a Megatron learner wrote
 checkpoints/step_NNNNNN/{student,trainer,state.json,manifest.json}
 """
 
@@ -42,6 +43,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
+        self.ranks = path / "ranks"
 
     @classmethod
     def create(cls, path: Path) -> RunDir:

@@ -7,11 +7,19 @@ repairs it. The teacher runs as its own process:
     python -m teacher --model models/smollm2/teacher --port 8765 &
     python -m engine.run recipes/smollm2.py
 
-or all of it, and the stopping afterwards: ``make demo``.
+or all of it, and the stopping afterwards: ``make demo``. With the learner on Megatron-core instead of plain torch
+(extra ``megatron``), which reaches the same divergence:
+
+    python -m engine.run recipes/smollm2.py --set trainer=megatron
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+import msgspec
+
+from engine.megatron_config import MegatronConfig
 from engine.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -25,8 +33,19 @@ from engine.recipe import (
 )
 
 
-def recipe(steps: int = 72) -> Recipe:
+def recipe(steps: int = 72, trainer: Literal["torch", "megatron"] = "torch") -> Recipe:
     """``--set steps=N`` comes in here, so that the warm-up fits into a run that is a look and no more."""
+    learner = LearnerConfig(
+        lr=3e-4,
+        schedule="cosine",
+        warmup_steps=min(3, steps),
+        min_lr_share=0.1,
+        # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
+        micro_batch_tokens=1024,
+        autocast="auto",
+    )
+    if trainer == "megatron":
+        learner = msgspec.structs.replace(learner, backend="megatron", megatron=MegatronConfig(dtype="float32"))
     return Recipe(
         name="smollm2",
         steps=steps,
@@ -40,15 +59,7 @@ def recipe(steps: int = 72) -> Recipe:
         # A decode step of 16 answers takes little longer than one of 8. What begins sixteen at a time is trained two
         # and three steps later.
         sampler=SamplerConfig(max_new_tokens=48, temperature=1.0, num_slots=16, min_wave=16, dtype="auto"),
-        # One micro-batch a step: the chat template's system prompt is then computed once for all eight rollouts.
-        learner=LearnerConfig(
-            lr=3e-4,
-            schedule="cosine",
-            warmup_steps=min(3, steps),
-            min_lr_share=0.1,
-            micro_batch_tokens=1024,
-            autocast="auto",
-        ),
+        learner=learner,
         # A new version comes every few seconds and an answer is 48 tokens: computing its keys and values again at each
         # switch would cost more than it brings.
         weights=WeightsConfig(kv_cache="keep"),

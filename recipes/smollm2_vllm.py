@@ -17,9 +17,9 @@ from engine.recipe import Recipe, SamplerConfig, VllmConfig, WeightsConfig
 from recipes import smollm2
 
 
-def recipe() -> Recipe:
+def recipe(steps: int = 72) -> Recipe:
     return msgspec.structs.replace(
-        smollm2.recipe(),
+        smollm2.recipe(steps),
         name="smollm2_vllm",
         sampler=SamplerConfig(
             backend="vllm",

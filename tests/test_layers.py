@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "engine.tracing",
     ),
     (
+        "engine.adapter_files",
         "engine.checkpoint",
         "engine.generation.*",
         "engine.packed_linear",
@@ -125,7 +126,12 @@ ADAPTERS = {
     "wandb": ("engine.monitor.sinks.wandb",),
 }
 # Modules that a library's own processes import by name, and nobody else: they may import it when they are loaded.
-INSIDE = {"vllm": ("engine.generation.vllm_inside.*", "teacher.vllm_inside")}
+INSIDE = {
+    "megatron": ("engine.training.megatron_inside", "engine.training.megatron_inside.*"),
+    "vllm": ("engine.generation.vllm_inside.*", "teacher.vllm_inside"),
+}
+# Packages whose ``__init__`` imports one module for what it does: whatever else is in them must find that done.
+PREPARED = {"engine.training.megatron_inside": "engine.training.megatron_inside.start"}
 # Packages that are entered through their ``__init__``: their names are imported from there and nowhere else. The names
 # of all other packages are imported from the modules that define them.
 DOORS = frozenset({"ops"})
@@ -209,7 +215,7 @@ def faults_of(module: str, source: str, *, modules: frozenset[str], is_package: 
         return [
             f"{module}/__init__.py imports {found.target}: a second path to one name; import it where it is defined"
             for found in imports
-            if found.target.partition(".")[0] in ROOMS
+            if found.target.partition(".")[0] in ROOMS and found.target != PREPARED.get(module)
         ]
     floor = floor_of(module)
     if floor is None:

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 class InFlight:
-    """A task group with a limit::
+    """A task group with a limit, which is asked for before each start::
 
-        async with InFlight(limit=8) as tasks:
+        async with InFlight(limit=lambda: 8) as tasks:
             async for item in channel:
                 await tasks.room()  # waits while 8 are going
                 tasks.start(work(item))
@@ -26,9 +26,7 @@ class InFlight:
     and its exception leaves the block as it is (not in a group; how many more failed is noted on it).
     """
 
-    def __init__(self, *, limit: int) -> None:
-        if limit < 1:
-            raise ValueError(f"limit must be >= 1 task, got {limit}")
+    def __init__(self, *, limit: Callable[[], int]) -> None:
         self._limit = limit
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -53,8 +51,9 @@ class InFlight:
             raise first from None
 
     async def room(self) -> None:
-        """Return when another task may be started."""
-        while len(self._tasks) >= self._limit:
+        """Return when another task may be started: at once when none is going. A limit that has risen is seen when a
+        task ends."""
+        while self._tasks and len(self._tasks) >= self._limit():
             await self._change()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -76,11 +75,12 @@ async def work_through(
     source: Receiver[T],
     work: Callable[[T], Coroutine[Any, Any, None]],
     *,
-    limit: int,
+    limit: Callable[[], int],
     again: Iterable[T] = (),
     until: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
-    """Have ``work`` done for what is in ``again`` and then for what ``source`` brings, ``limit`` items at a time.
+    """Have ``work`` done for what is in ``again`` and then for what ``source`` brings, at most ``limit()``
+    items at a time.
 
     Returns when the source has ended and everything is done. When ``until`` returns before that, what is going on is
     cancelled, and what still comes is taken and dropped: whoever sends must not be left waiting for room.

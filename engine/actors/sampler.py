@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from engine.actor import Actor
 from engine.actors.in_flight import first_of, work_through
-from engine.errors import EndOfChannel
+from engine.errors import AnswerLost, EndOfChannel
 from engine.generation.protocol import Generation, GenerationRequest, Generator
 from engine.schedule import Schedule
 from engine.tracing import log, span
@@ -15,7 +15,8 @@ from engine.types import Prompt, Rollout, SamplingParams, VersionSpan
 
 
 class Sampler(Actor):
-    """Keeps the generator full, and no fuller.
+    """Keeps the generator full, and no fuller: under way are as many answers as it can decode at the moment, and
+    ``spare`` more, so that a place that falls free is taken at the next decode step.
 
     Consumes: Prompt from ``prompts``
         waits for:     a prompt; a place in the generator
@@ -27,7 +28,7 @@ class Sampler(Actor):
     May be restarted: prompts that it held are sampled again, under the weights of the moment.
 
     Args:
-        concurrency: answers under way at a time.
+        spare: answers that wait in the generator.
         waves: deterministic runs: sample what is admitted together as one wave.
         load_weights: give the generator the learner's present weights (after a restart).
     """
@@ -41,7 +42,7 @@ class Sampler(Actor):
         generator: Generator,
         schedule: Schedule,
         params: SamplingParams,
-        concurrency: int,
+        spare: int,
         waves: bool,
         load_weights: Callable[[], Awaitable[None]],
     ) -> None:
@@ -51,7 +52,7 @@ class Sampler(Actor):
         self._generator = generator
         self._schedule = schedule
         self._params = params
-        self._concurrency = concurrency
+        self._spare = spare
         self._waves = waves
         self._load_weights = load_weights
         self._held: dict[int, Prompt] = {}
@@ -82,7 +83,7 @@ class Sampler(Actor):
             await work_through(
                 self._prompts,
                 lambda prompt: self._answer(self._hold(prompt)),
-                limit=self._concurrency,
+                limit=lambda: self._generator.capacity() + self._spare,
                 again=lost,
                 until=self._schedule.wait_finished,
             )
@@ -113,12 +114,20 @@ class Sampler(Actor):
             return
         rollout_id = prompt.rollout_id
         with span("sampler.rollout", rollout_id=rollout_id) as facts:
-            generation = await self._generator.generate(
-                self._request(prompt), on_begin=lambda version: self._schedule.begun(rollout_id, version)
-            )
+            generation = await self._generate(prompt)
             rollout = _rollout(prompt, generation)
             facts.add(**_facts(rollout))
         await self._pass_on(rollout)
+
+    async def _generate(self, prompt: Prompt) -> Generation:
+        rollout_id = prompt.rollout_id
+        while True:
+            try:
+                return await self._generator.generate(
+                    self._request(prompt), on_begin=lambda version: self._schedule.begun(rollout_id, version)
+                )
+            except AnswerLost as lost:
+                self._schedule.requeued(prompt, str(lost))
 
     async def _answer_wave(self, prompts: list[Prompt]) -> None:
         # In order of tickets, whatever the order of arrival: what shares a decode step decides the last bits.

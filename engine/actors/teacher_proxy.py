@@ -62,7 +62,7 @@ class TeacherProxy(Actor):
         await work_through(
             self._rollouts,
             lambda rollout: self._score(self._hold(rollout)),
-            limit=self._concurrency,
+            limit=lambda: self._concurrency,
             again=list(self._held.values()),
             until=self._schedule.wait_finished,
         )

@@ -137,6 +137,9 @@ class HFGenerator:
             thread.inbox.put(Switch(version, staged, config))
             await self._wait_switched(thread, self._switched)
 
+    def capacity(self) -> int:
+        return self._config.num_slots
+
     def statistics(self) -> GeneratorStatistics:
         """``waiting`` counts every open request that is not in a slot."""
         counts = self._counts if self._thread is None else self._thread.counts

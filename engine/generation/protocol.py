@@ -89,6 +89,7 @@ class Generator(Protocol):
 
         Raises:
             Aborted: ``abort`` was called for this request.
+            AnswerLost: one of several engines is gone, and this answer with it; ask again.
             GeneratorDied: the engine is gone.
             ValueError: prompt and answer do not fit the model's positions, or a token id is out of range.
         """
@@ -123,6 +124,11 @@ class Generator(Protocol):
             WeightsMismatch: what came has another digest; the present weights stay.
             ValueError: a name or shape that the model does not have.
         """
+        ...
+
+    def capacity(self) -> int:
+        """Answers that it can decode side by side as things stand: fewer than slots while memory is full, or one of
+        several engines away. Cheap; whoever keeps it full asks before each answer."""
         ...
 
     def statistics(self) -> GeneratorStatistics: ...

@@ -94,13 +94,16 @@ class ReplayGenerator:
             await self._clock.sleep(self.updates[-1].idle_until_s - self._clock.now())
             self._version = version
 
+    def capacity(self) -> int:
+        return self._num_slots * len(self._samplers)
+
     def statistics(self) -> GeneratorStatistics:
         now = self._clock.now()
         return GeneratorStatistics(
             version=self._version,
             running=sum(sampler.num_running for sampler in self._samplers),
             waiting=len(self._waiting) + sum(len(sampler.entering) for sampler in self._samplers),
-            num_slots=self._num_slots * len(self._samplers),
+            num_slots=self.capacity(),
             tokens_total=sum(sampler.tokens_until(now) for sampler in self._samplers),
             decode_steps_total=sum(sampler.steps_until(now) for sampler in self._samplers),
             prefill_tokens_total=sum(sampler.prefill_tokens for sampler in self._samplers),

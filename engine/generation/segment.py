@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import torch
+from torch import Tensor
 
 from engine.generation.checkpoint_names import CheckpointPart, checkpoint_parts
 from engine.generation.protocol import Bucket
 from engine.generation.shareable import Address, Memory
 from engine.generation.staging import written
 from engine.generation.version import Arrival, TensorGroup
+from engine.transport.flat import cut
 
 _ALIGN = 64
 """Bytes: a cache line, and enough for every vector load."""
@@ -88,6 +91,22 @@ class Segment:
             offsets=[offset for _, _, offset in parts],
         )
 
+    def buckets(self, packed: Packed, *, bucket_bytes: int) -> Iterator[Bucket]:
+        """What was packed, under its names in a checkpoint, in the memory itself."""
+        memory = self._memory.take(packed.num_bytes)
+        tensors = [
+            view_of(memory, dtype=dtype, shape=shape, offset=offset)
+            for dtype, shape, offset in zip(packed.dtypes, packed.shapes, packed.offsets, strict=True)
+        ]
+        for part in cut([tensor.nbytes for tensor in tensors], limit=bucket_bytes):
+            yield Bucket(names=tuple(packed.names[i] for i in part), tensors=tuple(tensors[i] for i in part))
+
     def close(self) -> None:
         """Give the memory back as soon as nobody else maps it. Idempotent."""
         self._memory.close()
+
+
+def view_of(memory: Tensor, *, dtype: str, shape: Sequence[int], offset: int) -> Tensor:
+    """A tensor that begins ``offset`` bytes into ``memory`` ([N] uint8), which it shares."""
+    kind: torch.dtype = getattr(torch, dtype)
+    return memory[offset : offset + math.prod(shape) * kind.itemsize].view(kind).view(tuple(shape))

@@ -1,7 +1,8 @@
 """The generator on vLLM: real continuous batching in an engine process, weights exchanged while requests are open.
 
 This file is the side that the event loop sees: who waits, who is in the engine, what is given up, when weights change.
-``vllm_engine`` starts the engine and speaks to it, ``segment`` carries weights, ``vllm_inside`` runs in its processes.
+``vllm_engine`` starts the engine and speaks to it, ``packer`` and ``vllm_transfer`` carry weights, ``vllm_inside`` runs
+in its processes. Several engines beside each other are ``vllm_fleet``'s business.
 
 Requests wait here, first come, first served, and enter the engine while it has a free slot and room for keys and
 values: what waits in the engine instead could not be held back when weights change.
@@ -12,28 +13,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from engine.errors import GeneratorDied
+from engine.generation.packer import PackedVersion, Packer
 from engine.generation.protocol import Aborted, Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.generation.requests import check_requests, settled
-from engine.generation.segment import Packed, Segment
-from engine.generation.shareable import CudaMemory, HostMemory
-from engine.generation.version import TensorGroup
 from engine.generation.vllm_engine import StepCounts, VllmEngine
 from engine.generation.vllm_model import tensor_groups_of
-from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
+from engine.generation.vllm_transfer import Transfer, choose, make_segments, make_transfer
+from engine.recipe import LoraConfig, SamplerConfig, StudentConfig, WeightsConfig
 from engine.types import VersionSpan
-
-_NUM_SEGMENTS = 2
-"""In this machine's memory: one is loaded, or waits for running answers to end, while the next version is packed into
-the other. On a GPU, where memory is dear and packing takes milliseconds, there is one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -72,22 +67,13 @@ class _Life:
     """What belongs to one engine, from its start to its end."""
 
     engine: VllmEngine
-    groups: list[TensorGroup]
-    copier: ThreadPoolExecutor
-    segments: asyncio.Queue[Segment] = field(default_factory=asyncio.Queue)
-    """Those that hold nothing."""
-    all_segments: list[Segment] = field(default_factory=list)
+    transfer: Transfer
+    packer: Packer | None
+    """None: versions come packed."""
     switches: list[_Switch] = field(default_factory=list)
     death: BaseException | None = None
     died: asyncio.Event = field(default_factory=asyncio.Event)
     watch: asyncio.Task[None] | None = None
-
-    def add_segments(self, gpu: torch.device | None) -> None:
-        """On ``gpu``, or in this machine's memory."""
-        for _ in range(_NUM_SEGMENTS if gpu is None else 1):
-            segment = Segment(HostMemory() if gpu is None else CudaMemory(gpu))
-            self.all_segments.append(segment)
-            self.segments.put_nowait(segment)
 
 
 class VllmGenerator:
@@ -97,8 +83,14 @@ class VllmGenerator:
         config: slots, device, dtype, threads, and the engine's own settings.
         student: the folder that ``start`` loads.
         max_length: tokens of prompt and answer together; None: the student's positions.
+        lora: a version is an adapter of this kind, on the student in the folder; None: all weights.
+        weights: how versions travel.
         weights_device: where the weights that are sent lie. On the one GPU of the engine they stay there.
+        packs: ``update_weights`` packs what it is sent; False: only ``take`` is called, and memory is somebody else's.
         version: the policy version that this folder holds.
+
+    Raises:
+        RecipeError: weights cannot travel in that way between these devices.
     """
 
     def __init__(
@@ -107,13 +99,20 @@ class VllmGenerator:
         config: SamplerConfig,
         student: StudentConfig,
         max_length: int | None = None,
+        lora: LoraConfig | None = None,
+        weights: WeightsConfig | None = None,
         weights_device: str = "cpu",
+        packs: bool = True,
         version: int = 0,
     ) -> None:
         self._config = config
         self._student = student
         self._max_length = config.vllm.max_length or max_length
+        self._weights = weights or WeightsConfig()
         self._weights_device = torch.device(weights_device)
+        self._way = choose(self._weights.transfer, config, self._weights_device)
+        self._packs = packs
+        self._lora = lora
         self._first_version = version
         self._version = version
         self._num_slots = config.num_slots * config.vllm.data_parallel
@@ -198,21 +197,29 @@ class VllmGenerator:
             GeneratorDied: the engine is gone, or could not load what it was sent.
         """
         life = self._alive()
+        assert life.packer is not None, "this one takes packed versions"
         async with self._packing:
             self._check_version(life, version)
-            segment = await life.segments.get()
-            try:
-                packed = await self._pack(life, segment, buckets, digest)
-                await self._switching.acquire()
-            except BaseException:
-                life.segments.put_nowait(segment)
-                raise
+            packed = await life.packer.pack(buckets, digest=digest, is_wanted=lambda: self._life is life)
+        if packed is None:
+            raise GeneratorDied("the generator was stopped")
         try:
+            # Up to where it waits for its turn nothing else runs, so versions take turns as they were packed.
+            await self.take(version, packed, config=config)
+        finally:
+            life.packer.give_back(packed)
+
+    async def take(self, version: int, packed: PackedVersion, *, config: WeightsConfig) -> None:
+        """As ``update_weights``, with what a ``Packer`` made. Returns or raises only when it is not read any more.
+
+        Raises:
+            ValueError: a version below the present one.
+            GeneratorDied: the engine is gone, or could not load it.
+        """
+        life = self._alive()
+        async with self._switching:
             self._check_version(life, version)
             await self._switch(life, version, packed, config)
-        finally:
-            self._switching.release()
-            life.segments.put_nowait(segment)
 
     async def score(self, token_ids: tuple[int, ...]) -> list[float]:
         """Log-probability of each token but the first under the present weights, nats; beside what is in the slots.
@@ -221,6 +228,10 @@ class VllmGenerator:
             GeneratorDied: the engine is gone.
         """
         return await self._alive().engine.score(token_ids, name=self._name("score"))
+
+    def capacity(self) -> int:
+        """What runs, while the engine has no room for more keys and values."""
+        return max(1, self._num_inside - self._num_stuck) if self._num_stuck else self._num_slots
 
     def statistics(self) -> GeneratorStatistics:
         """``waiting`` counts every open request that is not in the engine, or that the engine cannot run yet."""
@@ -262,10 +273,10 @@ class VllmGenerator:
             tasks.append(life.watch)
         if tasks:
             await asyncio.wait(tasks)
+        life.transfer.close()
         await life.engine.stop()
-        for segment in life.all_segments:
-            segment.close()
-        life.copier.shutdown(wait=False)
+        if life.packer is not None:
+            life.packer.close()
 
     # Requests.
 
@@ -363,61 +374,48 @@ class VllmGenerator:
 
     # Weights.
 
-    async def _pack(self, life: _Life, segment: Segment, buckets: Iterable[Bucket], digest: str | None) -> Packed:
-        """Copy in the worker thread. Returns or raises only when that thread has let go of ``buckets``."""
-        is_cancelled = False
-
-        def is_wanted() -> bool:
-            return not is_cancelled and self._life is life
-
-        packing = asyncio.get_running_loop().run_in_executor(
-            life.copier, lambda: segment.pack(buckets, life.groups, digest=digest, is_wanted=is_wanted)
-        )
-        try:
-            packed = await asyncio.shield(packing)
-        except asyncio.CancelledError:
-            is_cancelled = True
-            await settled(packing)
-            raise
-        if packed is None:
-            raise GeneratorDied("the generator was stopped")
-        return packed
-
-    async def _switch(self, life: _Life, version: int, packed: Packed, config: WeightsConfig) -> None:
+    async def _switch(self, life: _Life, version: int, packed: PackedVersion, config: WeightsConfig) -> None:
         """The new weights come between two steps of the engine; the caller holds the turn."""
         kept_kv = config.mode == "in_flight" and config.kv_cache == "keep"
+        await to_its_end(self._bring(life, packed))
         self._is_held = True
         try:
             if config.mode == "drain":
                 await self._until_empty(life)
-            loading = asyncio.ensure_future(self._load(life, version, packed, kept_kv=kept_kv))
-            try:
-                await asyncio.shield(loading)
-            except asyncio.CancelledError:
-                # Half a version cannot be taken back.
-                await settled(loading)
-                raise
+            # Half a version cannot be taken back.
+            await to_its_end(self._load(life, version, packed, kept_kv=kept_kv))
         finally:
             self._is_held = False
             self._admit()
 
-    async def _load(self, life: _Life, version: int, packed: Packed, *, kept_kv: bool) -> None:
+    async def _bring(self, life: _Life, packed: PackedVersion) -> None:
+        with self._fatal(life, "did not get"):
+            await life.transfer.bring(life.engine, *packed)
+
+    async def _load(self, life: _Life, version: int, packed: PackedVersion, *, kept_kv: bool) -> None:
         began = time.perf_counter()
         try:
-            await life.engine.pause(clear_cache=not kept_kv)
-            await life.engine.load(packed, version=version)
-            life.switches.append(_Switch(version, kept_kv))
-            self._version = version
-            await life.engine.resume()
+            with self._fatal(life, f"could not load version {version}"):
+                await life.engine.pause(clear_cache=not kept_kv)
+                await life.transfer.load(life.engine, *packed, version=version)
+                life.switches.append(_Switch(version, kept_kv))
+                self._version = version
+                await life.engine.resume()
+        finally:
+            self._counts.paused_s += time.perf_counter() - began
+
+    @contextmanager
+    def _fatal(self, life: _Life, what: str) -> Iterator[None]:
+        """After a failure inside, the engine's weights, or what its workers expect next, are not whole any more."""
+        try:
+            yield
         except GeneratorDied as error:
             self._die(life, error)
             raise
         except Exception as error:
-            died = GeneratorDied(f"vLLM could not load version {version}: {error}; its weights are not whole any more")
+            died = GeneratorDied(f"vLLM {what}: {error}; its weights are not whole any more")
             self._die(life, died)
             raise died from error
-        finally:
-            self._counts.paused_s += time.perf_counter() - began
 
     async def _until_empty(self, life: _Life) -> None:
         while self._num_inside:
@@ -444,17 +442,38 @@ class VllmGenerator:
     # Life.
 
     async def _begin_life(self) -> _Life:
-        groups = await asyncio.to_thread(tensor_groups_of, self._student)
+        # Also where versions come packed: a folder that is missing is told in our words.
+        self._groups = await asyncio.to_thread(tensor_groups_of, self._student, self._lora)
+        transfer = self._make_transfer()
         engine = await VllmEngine.start(
             config=self._config,
             student=self._student,
             max_length=self._max_length,
             version=self._first_version,
             on_step=self._on_step,
+            transfer_backend=transfer.backend,
+            lora=self._lora,
         )
-        life = _Life(engine, groups, ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights"))
-        life.add_segments(self._weights_device if share_gpu(self._config, self._weights_device) else None)
-        return life
+        try:
+            await transfer.connect(engine)
+        except BaseException:
+            transfer.close()
+            await engine.stop()
+            raise
+        return self._life_of(engine, transfer)
+
+    def _life_of(self, engine: VllmEngine, transfer: Transfer) -> _Life:
+        packer = Packer(make_segments(self._way, self._weights_device), self._groups) if self._packs else None
+        return _Life(engine, transfer, packer)
+
+    def _make_transfer(self) -> Transfer:
+        return make_transfer(
+            self._way,
+            self._weights_device,
+            bucket_bytes=self._weights.bucket_bytes,
+            lora=self._lora,
+            groups=self._groups,
+        )
 
     async def _watch(self, life: _Life) -> None:
         try:
@@ -495,19 +514,21 @@ class VllmGenerator:
         self._left.set()
 
 
-def share_gpu(config: SamplerConfig, weights_device: torch.device) -> bool:
-    """Whether the engine computes on one GPU and the weights that it is sent lie there."""
-    device = torch.device(config.device)
-    num_devices = config.vllm.tensor_parallel * config.vllm.data_parallel
-    is_same = (device.type, device.index or 0) == (weights_device.type, weights_device.index or 0)
-    return device.type == "cuda" and num_devices == 1 and is_same
-
-
 def _is_stale(switches: Sequence[_Switch], *, since: int, upto: int) -> bool:
     """Whether tokens of version ``upto`` looked at keys and values of an older one, in a request that entered the
     engine under version ``since``: the last switch in between that says how, says it."""
     kept = [switch.kept_kv for switch in switches if since < switch.version <= upto]
     return bool(kept) and kept[-1]
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Also when the caller is cancelled, who then learns of it afterwards."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await settled(task)
+        raise
 
 
 async def _all(answers: Sequence[Coroutine[Any, Any, Generation]]) -> list[Generation]:

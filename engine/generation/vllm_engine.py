@@ -12,6 +12,7 @@ import gc
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -20,16 +21,18 @@ import torch
 
 from engine.errors import GeneratorDied, ModelError, RecipeError
 from engine.generation.protocol import GenerationRequest
-from engine.generation.segment import Packed
 from engine.generation.top_ids import pack_ids
 from engine.precision import compute_dtype
-from engine.recipe import SamplerConfig, StudentConfig
+from engine.recipe import LoraConfig, SamplerConfig, StudentConfig
 from engine.types import FinishReason
 
 T = TypeVar("T")
 
 _CPU_BLOCK_TOKENS = 32
 """vLLM's own choice on CPU is 128, which most prompts do not fill: nothing would be shared between their answers."""
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM keeps room for one of these."""
 
 _STOP_S = 2.0
 """vLLM's own way out waits five, and rarely succeeds on CPU."""
@@ -69,6 +72,8 @@ class VllmEngine:
         self._engine = engine
         self._starter = starter
         self._salt = 0
+        self._adapter: Any = None
+        """What requests are answered with, beside the weights."""
 
     @classmethod
     async def start(
@@ -79,12 +84,16 @@ class VllmEngine:
         max_length: int | None,
         version: int,
         on_step: Callable[[StepCounts], None],
+        transfer_backend: str,
+        lora: LoraConfig | None = None,
     ) -> VllmEngine:
         """Start the processes, load the student, decode one token.
 
         Args:
             max_length: tokens of prompt and answer; None: the student's positions.
             on_step: called on the event loop after every step, before its answers are handed out.
+            transfer_backend: by which weights will come, among vLLM's and those of ``vllm_inside.worker``.
+            lora: adapters of this kind may come (``load_adapter``).
 
         Raises:
             ModelError: vLLM cannot run this model.
@@ -93,7 +102,9 @@ class VllmEngine:
         """
         starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vllm")
         made: list[Any] = []
-        making = asyncio.get_running_loop().run_in_executor(starter, _make, config, student, max_length, on_step, made)
+        making = asyncio.get_running_loop().run_in_executor(
+            starter, _make, config, student, max_length, on_step, transfer_backend, lora, made
+        )
         try:
             await asyncio.shield(making)
         except asyncio.CancelledError:
@@ -115,6 +126,12 @@ class VllmEngine:
     @property
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a piece of the student, or all of it."""
+        parallel = self._engine.vllm_config.parallel_config
+        return int(parallel.world_size * parallel.data_parallel_size)
 
     @property
     def max_length(self) -> int:
@@ -163,15 +180,40 @@ class VllmEngine:
             self._salt += 1
         await self._alive(self._engine.pause_generation(mode="keep", clear_cache=clear_cache))
 
-    async def load(self, packed: Packed, *, version: int) -> None:
-        """Become ``version``; only while paused."""
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """What the back end of the transfer API must know of the other side, once."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._alive(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
+
+    async def load(self, update_info: dict[str, Any], *, version: int) -> None:
+        """Become ``version``; only while paused.
+
+        Args:
+            update_info: what the back end of the transfer API must know of it.
+        """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._alive(self._engine.start_weight_update())
-        # The handles of GPU memory are bytes, which vLLM's messages carry as they are.
-        request = WeightTransferUpdateRequest(update_info=msgspec.to_builtins(packed, builtin_types=(bytes,)))
-        await self._alive(self._engine.update_weights(request))
+        await self._alive(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
         await self._alive(self._engine.finish_weight_update(weight_version=str(version)))
+
+    async def load_adapter(self, folder: Path) -> None:
+        """Answer with the adapter in ``folder`` on the student as it was loaded; only while paused, or before the first
+        request. Requests under way go on with it.
+
+        Args:
+            folder: always the same, in peft's format; stays there as long as the engine.
+        """
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=str(folder), load_inplace=True)
+        await self._alive(self._engine.add_lora(request))
+        self._adapter = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=str(folder))
+
+    async def set_version(self, version: int) -> None:
+        """What is sampled from here on is of ``version``; only while paused, or before the first request."""
+        await self._alive(self._engine.update_weight_version(str(version)))
 
     async def resume(self) -> None:
         await self._alive(self._engine.resume_generation())
@@ -203,15 +245,13 @@ class VllmEngine:
 
     async def _first_token(self, version: int) -> None:
         from vllm import SamplingParams
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=1, detokenize=False, ignore_eos=True)
         outputs = self._outputs(_prompt((0,), self._salt), params, "first", on_first=lambda: None)
         async with contextlib.aclosing(outputs):
             async for _ in outputs:
                 pass
-        await self._alive(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={})))
-        await self._alive(self._engine.update_weight_version(str(version)))
+        await self.set_version(version)
 
     async def _outputs(
         self, prompt: Any, params: Any, name: str, *, on_first: Callable[[], None]
@@ -220,7 +260,9 @@ class VllmEngine:
 
         is_first = True
         try:
-            async with contextlib.aclosing(self._engine.generate(prompt, params, request_id=name)) as outputs:
+            async with contextlib.aclosing(
+                self._engine.generate(prompt, params, request_id=name, lora_request=self._adapter)
+            ) as outputs:
                 async for output in outputs:
                     if is_first:
                         is_first = False
@@ -308,6 +350,8 @@ def _make(
     student: StudentConfig,
     max_length: int | None,
     on_step: Callable[[StepCounts], None],
+    transfer_backend: str,
+    lora: LoraConfig | None,
     made: list[Any],
 ) -> None:
     """Blocks until the engine has loaded its model: half a minute and more. In a thread of its own, without a loop.
@@ -329,7 +373,9 @@ def _make(
             ) from error
     with _environment(_log_settings() | _engine_settings(config, device)):
         try:
-            args = AsyncEngineArgs(**engine_arguments(config, student, max_length=max_length))
+            args = AsyncEngineArgs(
+                **engine_arguments(config, student, max_length=max_length, transfer_backend=transfer_backend, lora=lora)
+            )
             settings = args.create_engine_config()
         except ValueError as error:
             raise ModelError(f"student {student.path!r}: vLLM cannot run it as configured: {error}") from error
@@ -343,7 +389,14 @@ def _make(
             raise GeneratorDied(f"the vLLM engine did not start: {error}; its own messages are on stderr") from error
 
 
-def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_length: int | None) -> dict[str, Any]:
+def engine_arguments(
+    config: SamplerConfig,
+    student: StudentConfig,
+    *,
+    max_length: int | None,
+    transfer_backend: str,
+    lora: LoraConfig | None,
+) -> dict[str, Any]:
     """What ``AsyncEngineArgs`` is made from."""
     from vllm.config import WeightTransferConfig
 
@@ -374,7 +427,11 @@ def engine_arguments(config: SamplerConfig, student: StudentConfig, *, max_lengt
         "logprobs_mode": "processed_logprobs",
         # The first token of an answer is told at once, the others with the last one.
         "stream_interval": 1 << 30,
-        "weight_transfer_config": WeightTransferConfig(backend="shm"),
+        "weight_transfer_config": WeightTransferConfig(backend=transfer_backend),
+        "enable_lora": lora is not None,
+        # Not all that could have one: vLLM cannot score a prompt whose output layer has.
+        "lora_target_modules": None if lora is None else list(lora.target_modules),
+        "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= (1 if lora is None else lora.rank)),
         "worker_extension_cls": "engine.generation.vllm_inside.worker.WorkerExtension",
         "disable_log_stats": True,
     }

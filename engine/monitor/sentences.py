@@ -123,6 +123,11 @@ _SENTENCES: Mapping[str, Callable[[Event], str | None]] = {
     "run.grace_ended": lambda e: f"step {e['step']} was not ready in time and is left out",
     "run.finished": _run_finished,
     "run.failed": lambda e: f"the run failed at step {e['step']}: {e['failed_actor']}: {e['cause']}",
+    "run.restoring": lambda e: (
+        f"the learner's ranks were lost: going on from the last checkpoint with new ones "
+        f"(again at most {e['restores_left']} times)"
+    ),
+    "ranks.lost": lambda e: f"the {e['group']}'s ranks are stopped: {e['cause']}",
     "node.listening": _node_listening,
     "eval.run": _eval_run,
     "checkpoint.save": _checkpoint_save,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from engine.actors.weight_syncer import WeightPush
-from engine.build import make_flow, num_replicas, sampler_concurrency
+from engine.build import make_flow, num_replicas, sampler_spare
 from engine.clock import Clock
 from engine.errors import RecipeError
 from engine.generation.blank import blank_tokens
@@ -135,7 +135,7 @@ def simulated_parts(recipe: Recipe, lengths: Lengths, *, ledger: Ledger, folder:
         params=SamplingParams(max_new_tokens=recipe.sampler.max_new_tokens),
         learner_worker=learner_worker,
         syncer_worker=syncer_worker,
-        sampler_concurrency=sampler_concurrency(recipe, num_slots=recipe.sampler.num_slots * replay.num_samplers),
+        sampler_spare=sampler_spare(recipe),
         teacher_concurrency=recipe.teacher.max_in_flight * replicas,
         weights_lock=weights_lock,
         push_weights=push,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,10 +27,12 @@ def named_tensors(model: PreTrainedModel) -> Named:
     return tensors
 
 
-def buckets(tensors: Named, *, bucket_bytes: int, written: torch.cuda.Event | None = None) -> Iterator[Bucket]:
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int, written: torch.cuda.Event | None = None
+) -> Iterator[Bucket]:
     """Cut the list, in its order, into buckets of at most ``bucket_bytes``; a larger tensor has a bucket of its own.
 
-    Nothing is copied: the buckets hold the model's own memory. ``written``: as in ``Bucket``, for all of them.
+    Nothing is copied: the buckets hold the tensors' own memory. ``written``: as in ``Bucket``, for all of them.
     """
     group: Named = []
     size = 0

@@ -9,7 +9,7 @@ rollouts are laid out is ``batch``'s, what the model is ``model``'s, the diverge
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine.adapter_files import read_adapter, write_adapter
 from engine.errors import CheckpointError, NonFiniteError
 from engine.generation.protocol import Bucket
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
 from engine.streams import stream_key
 from engine.training import batch as batches
+from engine.training.adapter import adapter_tensors, load_adapter, merged_tensors
 from engine.training.batch import StudentBatch
-from engine.training.export import Named, buckets, named_tensors
+from engine.training.export import buckets, named_tensors
 from engine.training.model import Student, load_student
 from engine.training.objectives import make_objective
 from engine.training.optimizer import StepOptimizer
 from engine.training.protocol import EvalResult, MicroBatchReport, TokenLosses
-from engine.training.saved import STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
+from engine.training.saved import ADAPTER, STUDENT, TRAINER, TrainerState, load_trainer, save_student, save_trainer
 from engine.training.schedule import learning_rate
 from engine.transport.handoff import Ticket, Uploader, consume, record, use_own_stream
 from engine.transport.manifest import digest_of
@@ -57,10 +59,18 @@ class HFTrainer:
     Args:
         steps: of the whole run: where the learning rate schedule ends.
         seed: of the streams that a model with randomness in its forward pass draws from.
+        exports_adapter: with ``config.lora`` a version is the adapter alone; else the weights that it is merged into.
     """
 
     def __init__(
-        self, *, config: LearnerConfig, student: StudentConfig, objective: ObjectiveConfig, steps: int, seed: int = 0
+        self,
+        *,
+        config: LearnerConfig,
+        student: StudentConfig,
+        objective: ObjectiveConfig,
+        steps: int,
+        seed: int = 0,
+        exports_adapter: bool = False,
     ) -> None:
         self.version = 0
         self._config = config
@@ -73,6 +83,7 @@ class HFTrainer:
         }
         self._num_steps = steps
         self._seed = seed
+        self._exports_adapter = exports_adapter
         self._state: _Loaded | None = None
         self._step = _StepSums()
         self._weights_written: torch.cuda.Event | None = None
@@ -179,24 +190,33 @@ class HFTrainer:
         return values
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        tensors = named_tensors(self._loaded.student.model)
-        return buckets(tensors, bucket_bytes=bucket_bytes, written=self._weights_written)
+        return buckets(self._version_tensors(), bucket_bytes=bucket_bytes, written=self._weights_written)
 
     def digest(self) -> str:
         """See ``engine.transport.manifest`` for its strength; 25 ms for 450 MB on one core."""
-        return digest_of(self._written_weights())
+        self._wait_for_weights()
+        return digest_of(self._version_tensors())
 
     def save(self, folder: Path) -> None:
         """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
         loaded, state = self._loaded, TrainerState(version=self.version)
-        self._written_weights()  # and with them the optimizer's state: both are read on this thread's stream
-        save_student(loaded.student.model, Path(self._student_config.path), folder / STUDENT)
+        self._wait_for_weights()  # and for the optimizer's state: both are read on this thread's stream
+        model, lora = loaded.student.model, self._config.lora
+        merged = None if lora is None else dict(merged_tensors(model))
+        save_student(model, Path(self._student_config.path), folder / STUDENT, weights=merged)
+        if lora is not None:
+            write_adapter(folder / ADAPTER, adapter_tensors(model), lora)
         save_trainer(folder / TRAINER, optimizer=loaded.optimizer.state(), state=state)
 
     def load(self, folder: Path) -> None:
         """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken."""
         state, saved = load_trainer(folder / TRAINER)
-        self._start_from(folder / STUDENT)
+        if self._config.lora is None:
+            self._start_from(folder / STUDENT)
+        else:
+            # What is beside the adapter has it merged in.
+            self._start_from(Path(self._student_config.path))
+            load_adapter(self._loaded.student.model, read_adapter(folder / ADAPTER))
         try:
             self._loaded.optimizer.load_state(state)
         except ValueError as error:
@@ -206,19 +226,24 @@ class HFTrainer:
     def stop(self) -> None:
         self._state = None
 
-    def _written_weights(self) -> Named:
-        """What makes up a version; the calling thread's stream waits until it is written."""
+    def _version_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """What a version consists of, in its order."""
+        model = self._loaded.student.model
+        if self._config.lora is None:
+            return named_tensors(model)
+        return adapter_tensors(model) if self._exports_adapter else merged_tensors(model)
+
+    def _wait_for_weights(self) -> None:
+        """The calling thread's stream waits until they are written."""
         student = self._loaded.student
-        named = named_tensors(student.model)
-        tensors = tuple(tensor for _, tensor in named)
+        tensors = tuple(tensor for _, tensor in named_tensors(student.model))
         consume(Ticket(tensors=tensors, device=student.device, event=self._weights_written))
-        return named
 
     def _start_from(self, folder: Path) -> None:
         torch.set_num_threads(self._config.num_threads)
         student = load_student(self._student_config, self._config, folder=folder)
         use_own_stream(student.device)
-        named = [(name, parameter) for name, parameter in student.model.named_parameters()]
+        named = [(name, one) for name, one in student.model.named_parameters() if one.requires_grad]
         workspace = None
         if student.head is not None and student.device.type == "cpu":
             weight = student.head.weight

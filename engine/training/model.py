@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine.errors import ModelError
 from engine.precision import DTYPES, is_autocast
 from engine.recipe import LearnerConfig, StudentConfig
+from engine.training.adapter import add_adapter
 from engine.training.batch import Layout, ModelInputs, lay_out, upload
 from engine.training.embedding import RowGradEmbedding
 from engine.training.packing import packing_obstacle, rope_obstacle
@@ -80,7 +81,7 @@ class Student:
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path) -> Student:
-    """Load ``folder`` and find out how it can be run; gradients of all parameters are there and zero.
+    """Load ``folder`` and find out how it can be run; gradients of all parameters that are trained are there and zero.
 
     Raises:
         ModelError: the folder is missing, broken, not a causal language model, its device is not there, or it cannot be
@@ -96,11 +97,16 @@ def load_student(student: StudentConfig, config: LearnerConfig, *, folder: Path)
     else:
         is_alone = rope_obstacle(model.config.get_text_config()) is not None
         result = Student(model, layout="single" if is_alone else "padded", autocast=autocast)
+    if config.lora is None:
+        model.requires_grad_(True)
+    else:
+        add_adapter(model, config.lora)
     for parameter in model.parameters():
-        parameter.requires_grad_(True)
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     embedding = model.get_input_embeddings()
-    if model.device.type == "cpu" and RowGradEmbedding.can_replace(embedding):
+    is_trained = embedding.weight.requires_grad
+    if is_trained and model.device.type == "cpu" and RowGradEmbedding.can_replace(embedding):
         model.set_input_embeddings(RowGradEmbedding.sharing(embedding))
     return result
 

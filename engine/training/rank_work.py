@@ -12,16 +12,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from engine.generation.protocol import Bucket
+from engine.objective_config import ObjectiveConfig
+from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.protocol import EvalResult, TokenLosses
 from engine.types import StepReport
 from teacher.protocol import Scores
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.generation.shareable import Address
+
+FACTORY = "engine.training.megatron_inside.trainer:make_trainer"
+"""What every rank calls, as ``make_trainer(settings=RankSettings, buffers=ExportBuffers) -> RankTrainer``, when
+torch.distributed is initialised, and on a GPU the rank's device set. It loads nothing: ``start`` and ``load`` do."""
+
+
+class RankSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is made of; the same on all of them."""
+
+    learner: LearnerConfig
+    student: StudentConfig
+    objective: ObjectiveConfig
+    num_steps: int
+    """Of the whole run: where the learning rate schedule ends."""
+    seed: int
+
+
+class ExportBuffers(Protocol):
+    """Two pieces of memory that the node maps, too: a bucket whose tensors lie in the piece taken last reaches it
+    without another copy. Tensors that lie elsewhere are copied there."""
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """[num_bytes] uint8 on ``device``, the other piece at every call: once for each bucket."""
+        ...
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """Of the piece taken last: its number, and of how many memories that it has had this is the latest."""
+        ...
+
+    def address(self) -> Address:
+        """Of the piece taken last, for another rank to map it, once."""
+        ...
 
 
 class RankRollout(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -80,7 +120,9 @@ class RankTrainer(Protocol):
 
     def start(self) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> int | None:
+        """Rank 0 reports the version that ``folder`` holds."""
+        ...
 
     def accumulate(self, work: RankWork) -> RankReport | None: ...
 
@@ -97,7 +139,15 @@ class RankTrainer(Protocol):
         ...
 
     def export(self, *, bucket_bytes: int) -> Iterator[Bucket]:
-        """Rank 0 gets the buckets; the others take part until the iterator ends, and get none."""
+        """Rank 0 gets the buckets; the others take part until the iterator ends: as many items, what they are is
+        ignored.
+
+        Called and advanced in a thread of its own, in which autograd is off. Meanwhile the main thread may be in
+        ``accumulate``, ``evaluate`` or ``score``, which only read weights (never in ``finish_step``, ``load`` or
+        ``save``): it may wait for whatever it likes, but passes must never wait for an export, and no NCCL collective
+        may be part of one, since two that wait for each other's place on the device hang. An iterator that is closed
+        early ends on all ranks at once.
+        """
         ...
 
     def save(self, folder: Path) -> None: ...

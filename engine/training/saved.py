@@ -1,6 +1,7 @@
 """What a trainer leaves on disk and finds again: no pickle, nothing that needs this program to read the weights.
 
     student/     config, weights (safetensors), tokenizer, generation config: loads with transformers as it is
+    adapter/     with learner.lora: what was trained, in peft's format; student/ has it merged in
     trainer/     optimizer.safetensors, and state.json with the step
 
 There is no random state to keep: what a model draws comes from streams of seed and step (``engine.streams``).
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from engine.errors import CheckpointError
 
-STUDENT, TRAINER = "student", "trainer"
+STUDENT, ADAPTER, TRAINER = "student", "adapter", "trainer"
 
 _COMPANIONS = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"})
 _OWN = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -32,17 +33,28 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Optimizer steps done, skipped ones too: the place in the learning rate schedule."""
 
 
-def save_student(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write ``folder`` in Hugging Face format; the tokenizer's files are copied from ``source`` as they are."""
+def save_student(
+    model: PreTrainedModel, source: Path, folder: Path, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``folder`` in Hugging Face format; the tokenizer's files are copied from ``source`` as they are.
+
+    Args:
+        weights: to be written instead of the model's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     own = model.generation_config
     if (source / "generation_config.json").is_file():
         # Copied below: save_pretrained refuses some generation configs that from_pretrained has just read.
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     finally:
         model.generation_config = own
+    copy_companions(source, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """What belongs to a model beside config and weights: tokenizer, templates, generation config."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COMPANIONS and path.name not in _OWN:
             shutil.copyfile(path, folder / path.name)

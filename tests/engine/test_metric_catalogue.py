@@ -11,6 +11,7 @@ from engine.metric_catalogue import (
     EVALUATION_METRICS,
     METRICS,
     OBJECTIVE_METRICS,
+    RANK_METRICS,
     STEP_METRICS,
     Metric,
     StepMetric,
@@ -19,7 +20,7 @@ from engine.metric_catalogue import (
 from ops.solved import METRICS as MEASURED_BY_OBJECTIVES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "observability.md"
-COLUMNS = (*STEP_METRICS, *OBJECTIVE_METRICS, *EVALUATION_METRICS)
+COLUMNS = (*STEP_METRICS, *OBJECTIVE_METRICS, *RANK_METRICS, *EVALUATION_METRICS)
 UNIT_SUFFIXES = ("_seconds", "_nats", "_versions", "_tokens", "_items")
 WITHOUT_UNIT = {"1", "rollouts", "steps", "requests", "attempts", "restarts", "sequences", "lines"}
 
@@ -55,7 +56,9 @@ def test_every_metric_says_its_unit_and_what_it_means_in_a_sentence(metric: Metr
     assert "|" not in metric.doc
 
 
-@pytest.mark.parametrize("columns", [(*STEP_METRICS, *OBJECTIVE_METRICS), EVALUATION_METRICS], ids=["steps", "evals"])
+@pytest.mark.parametrize(
+    "columns", [(*STEP_METRICS, *OBJECTIVE_METRICS, *RANK_METRICS), EVALUATION_METRICS], ids=["steps", "evals"]
+)
 def test_a_column_is_declared_once(columns: Sequence[StepMetric]) -> None:
     assert len({metric.name for metric in columns}) == len(columns)
 
@@ -74,9 +77,10 @@ def test_a_metric_of_a_trainer_of_yours_has_no_unit() -> None:
         series_table(METRICS),
         column_table(STEP_METRICS),
         column_table(OBJECTIVE_METRICS),
+        column_table(RANK_METRICS),
         column_table(EVALUATION_METRICS),
     ],
-    ids=["series", "steps", "objectives", "evaluations"],
+    ids=["series", "steps", "objectives", "ranks", "evaluations"],
 )
 def test_the_docs_hold_the_declarations(table: str) -> None:
     assert table in DOCUMENT.read_text(), f"put this table into {DOCUMENT.name}:\n{table}"

@@ -7,7 +7,7 @@ import torch
 
 from engine.build import standard_graph
 from engine.errors import RecipeError
-from engine.generation.vllm import share_gpu
+from engine.generation.vllm_transfer import share_gpu
 from engine.recipe import SamplerConfig, VllmConfig, with_overrides
 from recipes import smollm2, smollm2_vllm
 

@@ -35,7 +35,7 @@ class Ranks:
         for rank in range(self.num_ranks):
             ours, theirs = context.Pipe()
             arguments = (rank, self.num_ranks, str(Path(self._folder.name) / "store"), theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=self._serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -54,8 +54,11 @@ class Ranks:
                 process.join()
         self._folder.cleanup()
 
-    def run(self, function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any] | str, num_ranks: int, *arguments: Any) -> list[Any]:
         """``function(group, *arguments)`` on the first ``num_ranks`` ranks at once; what each returns.
+
+        Args:
+            function: itself, or "module:function" where this process must not import the module.
 
         Raises:
             Exception: what the first of them raised, with the rank's traceback as a note.
@@ -66,7 +69,7 @@ class Ranks:
                 raise outcome
         return outcomes
 
-    def outcomes(self, function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
+    def outcomes(self, function: Callable[..., Any] | str, num_ranks: int, *arguments: Any) -> list[Any]:
         """The same, with the exceptions in their places.
 
         Raises:
@@ -74,8 +77,12 @@ class Ranks:
         """
         if self._is_broken:
             raise TimeoutError("a rank did not answer before; this pool is of no use any more")
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+        else:
+            module, name = function.__module__, function.__qualname__
         for pipe in self._pipes[:num_ranks]:
-            pipe.send((function.__module__, function.__qualname__, num_ranks, arguments))
+            pipe.send((module, name, num_ranks, arguments))
         outcomes = []
         for rank, pipe in enumerate(self._pipes[:num_ranks]):
             if not pipe.poll(PATIENCE_S):
@@ -83,6 +90,11 @@ class Ranks:
                 raise TimeoutError(f"rank {rank} of {num_ranks} does not answer for {PATIENCE_S:.0f} s")
             outcomes.append(pipe.recv())
         return outcomes
+
+    @staticmethod
+    def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:
+        """What a process does; ends when the pipe does."""
+        _serve(rank, num_ranks, store, pipe)
 
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Connection) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from transformers import PreTrainedModel
 
 from engine.generation.vllm import VllmGenerator, _Life
 from engine.generation.vllm_engine import StepCounts, VllmEngine
 from engine.generation.vllm_model import tensor_groups_of
+from engine.generation.vllm_transfer import Transfer, make_transfer
 from engine.recipe import SamplerConfig, StudentConfig, WeightsConfig
 from tests.engine.generation.contract import buckets_of
 
@@ -25,12 +26,19 @@ class SharedEngine:
         self.max_length = max_length
         self.models = models
         self.borrower: Borrower | None = None
+        self.transfer: Transfer = make_transfer("shm", torch.device("cpu"), bucket_bytes=1 << 20)
         self._engine: VllmEngine | None = None
 
     async def start(self) -> None:
         self._engine = await VllmEngine.start(
-            config=self.config, student=self.student, max_length=self.max_length, version=0, on_step=self._on_step
+            config=self.config,
+            student=self.student,
+            max_length=self.max_length,
+            version=0,
+            on_step=self._on_step,
+            transfer_backend=self.transfer.backend,
         )
+        await self.transfer.connect(self._engine)
 
     async def stop(self) -> None:
         await self.engine.stop()
@@ -61,9 +69,8 @@ class Borrower(VllmGenerator):
         self._shared = shared
 
     async def _begin_life(self) -> _Life:
-        life = _Life(_Kept(self._shared.engine), tensor_groups_of(self._student), ThreadPoolExecutor(max_workers=1))
-        life.add_segments(None)
-        return life
+        self._groups = tensor_groups_of(self._student)
+        return self._life_of(_Kept(self._shared.engine), self._shared.transfer)
 
     def forget(self) -> None:
         """What brought version 0 back is not part of this generator's life."""

@@ -165,7 +165,7 @@ async def test_a_load_that_fails_half_way_is_the_end_of_the_engine(
     running = asyncio.create_task(generator.generate(request(0, max_new_tokens=400), on_begin=begun.put_nowait))
     await begun.get()
 
-    async def fail(packed: object, *, version: int) -> None:
+    async def fail(update_info: object, *, version: int) -> None:
         raise GeneratorDied("killed") if fault == "engine killed" else RuntimeError("out of memory")
 
     life = generator._life

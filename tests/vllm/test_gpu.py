@@ -1,4 +1,4 @@
-"""Weights that reach an engine on a GPU: from the same GPU without leaving it, and from this machine's memory. Teachers
+"""Weights that reach an engine on a GPU: on the same GPU, through this machine's memory, and broadcast to it. Teachers
 on a GPU, which score ids that the caller names: ours, and a stock server, which can do that nowhere else."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from engine.generation.vllm import VllmGenerator
@@ -25,8 +26,16 @@ from tests.vllm.test_teacher import ask, service
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weights_device", ["cuda:0", "cpu"])
-async def test_new_weights_take_over_in_the_middle_of_answers_on_a_gpu(tmp_path: Path, weights_device: str) -> None:
+@pytest.mark.parametrize(
+    ("transfer", "weights_device"),
+    [("ipc", "cuda:0"), ("shm", "cuda:0"), ("shm", "cpu"), ("gloo", "cpu"), ("nccl", "cuda:1")],
+)
+async def test_new_weights_take_over_in_the_middle_of_answers_on_a_gpu(
+    tmp_path: Path, transfer: Literal["ipc", "shm", "gloo", "nccl"], weights_device: str
+) -> None:
+    if weights_device == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL goes between two GPUs, this machine has one")
+    config = WeightsConfig(transfer=transfer, bucket_bytes=200_000)
     folders = [tiny_model(tmp_path / str(seed), arch="qwen3", hidden=128, seed=seed, scale=0.1) for seed in (0, 1)]
     models = [load(folder) for folder in folders]
     generator = VllmGenerator(
@@ -38,6 +47,7 @@ async def test_new_weights_take_over_in_the_middle_of_answers_on_a_gpu(tmp_path:
         ),
         student=StudentConfig(path=str(folders[0])),
         max_length=512,
+        weights=config,
         weights_device=weights_device,
     )
     sent = [load(folder).to(weights_device) for folder in folders]  # type: ignore[arg-type]
@@ -49,7 +59,7 @@ async def test_new_weights_take_over_in_the_middle_of_answers_on_a_gpu(tmp_path:
         await begun.get()
 
     for version in range(1, 21):
-        await generator.update_weights(version, buckets_of(sent[version % 2]), config=WeightsConfig())
+        await generator.update_weights(version, buckets_of(sent[version % 2]), config=config)
 
     for one, answer in zip(asked, await asyncio.gather(*answers), strict=True):
         assert answer.spans[0].version == 0

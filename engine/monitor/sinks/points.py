@@ -9,7 +9,14 @@ from typing import Any
 
 import msgspec
 
-from engine.metric_catalogue import EVALUATION_METRICS, OBJECTIVE_METRICS, STEP_METRICS, StepMetric, undeclared
+from engine.metric_catalogue import (
+    EVALUATION_METRICS,
+    OBJECTIVE_METRICS,
+    RANK_METRICS,
+    STEP_METRICS,
+    StepMetric,
+    undeclared,
+)
 from engine.step_log import StepRows, plain
 from engine.tracing import Event
 
@@ -18,7 +25,7 @@ TRAIN, EVALUATION = "train/", "eval/"
 
 _NOT_MEASURED = frozenset(("t", "step", "version"))
 _DECLARED: Mapping[str, StepMetric] = {
-    **{TRAIN + metric.name: metric for metric in (*STEP_METRICS, *OBJECTIVE_METRICS)},
+    **{TRAIN + metric.name: metric for metric in (*STEP_METRICS, *OBJECTIVE_METRICS, *RANK_METRICS)},
     **{EVALUATION + metric.name: metric for metric in EVALUATION_METRICS},
 }
 

@@ -17,7 +17,7 @@ from engine.actors.prompt_feeder import PromptFeeder
 from engine.actors.sampler import Sampler
 from engine.actors.scoring import request_id
 from engine.actors.teacher_proxy import TeacherProxy
-from engine.errors import GeneratorDied, TeacherRefused
+from engine.errors import AnswerLost, GeneratorDied, TeacherRefused
 from engine.flow import Flow, Train
 from engine.generation.protocol import Bucket, Generation, GenerationRequest, GeneratorStatistics
 from engine.ledger import Ledger
@@ -54,6 +54,7 @@ class FakeGenerator:
 
     def __init__(self) -> None:
         self.open: dict[int, asyncio.Future[None]] = {}
+        self.places = 7
         self.starts = 0
         self.waves: list[list[int]] = []
         self.dead = asyncio.Event()
@@ -98,6 +99,9 @@ class FakeGenerator:
         self, version: int, buckets: Iterable[Bucket], *, config: WeightsConfig, digest: str | None = None
     ) -> None:
         raise AssertionError("nobody pushes weights here")
+
+    def capacity(self) -> int:
+        return self.places
 
     def statistics(self) -> GeneratorStatistics:
         raise AssertionError("nobody asks here")
@@ -185,6 +189,7 @@ class Bench:
         async def load_weights() -> None:
             self.loads += 1
 
+        self.generator.places = concurrency - 1
         return Sampler(
             "sampler",
             prompts=self.prompts[1],
@@ -192,7 +197,7 @@ class Bench:
             generator=self.generator,
             schedule=self.schedule,
             params=PARAMS,
-            concurrency=concurrency,
+            spare=1,
             waves=waves,
             load_weights=load_weights,
         )
@@ -287,6 +292,25 @@ async def test_the_sampler_keeps_no_more_open_than_it_may(ledger: Ledger, settle
     await end(run)
 
 
+async def test_a_generator_that_has_less_room_is_given_less(ledger: Ledger, settle: Settle) -> None:
+    """Memory for keys and values is full, or one of several engines away."""
+    bench = Bench(ledger)
+    run = spawn(bench.sampler(concurrency=3).run())
+    await bench.feed(4)
+    await settle()
+    assert sorted(bench.generator.open) == [0, 1, 2]
+
+    bench.generator.places = 0
+    bench.generator.answer(0, 1)
+    await settle()
+    assert sorted(bench.generator.open) == [2]
+    bench.generator.places = 2
+    bench.generator.answer(2)
+    await settle()
+    assert sorted(bench.generator.open) == [3]
+    await end(run)
+
+
 async def test_what_a_dead_generator_held_is_sampled_again_and_nothing_else(ledger: Ledger, settle: Settle) -> None:
     bench = Bench(ledger)
     sampler = bench.sampler()
@@ -310,6 +334,25 @@ async def test_what_a_dead_generator_held_is_sampled_again_and_nothing_else(ledg
     assert sorted(bench.rollouts[1].try_receive().rollout_id for _ in range(3)) == [0, 1, 2]
     assert bench.generator.starts == 2
     assert ledger.counts()["sampled"] == 3
+    await end(run)
+
+
+async def test_an_answer_that_one_of_several_engines_took_along_is_asked_for_again(
+    ledger: Ledger, settle: Settle
+) -> None:
+    """The generator goes on, and so does the sampler with all else that it holds."""
+    bench = Bench(ledger)
+    run = spawn(bench.sampler().run())
+    await bench.feed(2)
+    await settle()
+    bench.generator.open[0].set_exception(AnswerLost("engine 1 is gone"))
+    await settle()
+    assert sorted(bench.generator.open) == [0, 1]
+    bench.generator.answer(0, 1)
+    await settle()
+
+    assert sorted(bench.rollouts[1].try_receive().rollout_id for _ in range(2)) == [0, 1]
+    assert ledger.counts()["sampled"] == 2
     await end(run)
 
 
@@ -436,7 +479,7 @@ async def test_in_flight_raises_the_first_failure_and_leaves_no_task() -> None:
     async def last() -> None:
         await asyncio.Event().wait()
 
-    tasks = InFlight(limit=3)
+    tasks = InFlight(limit=lambda: 3)
 
     async def work() -> None:
         async with tasks:

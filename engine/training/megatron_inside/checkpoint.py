@@ -1,0 +1,127 @@
+"""A rank's part of a checkpoint, in Megatron's distributed format: every tensor whole, under a name that no layout is
+part of, so that any layout of the same student goes on from it.
+
+    trainer/    *.distcp    weights, master weights, moments, the router's biases
+                state.json  the step, and how many updates AdamW has made
+
+Two things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
+where experts are spread over ranks, and saves each part's settings; here the tensors alone are saved, and settings come
+from the recipe. And its writer starts two processes on every rank at each save; here the rank writes by itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.distributed import DistributedDataParallel
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from engine.errors import CheckpointError
+from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.optimizer import StepOptimizer
+
+STATE = "state.json"
+_SHARDING = "fully_reshardable"
+
+
+class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: int = 1
+    version: int
+    """Optimizer steps done, skipped ones too: the place in the learning rate schedule."""
+    num_updates: int
+    """Steps that AdamW has made."""
+
+
+def save(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer, *, version: int) -> None:
+    """Write ``folder``, which all ranks see. Collective; of the gradient nothing is saved."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = _State(version=version, num_updates=optimizer.num_updates)
+        (folder / STATE).write_bytes(msgspec.json.encode(state))
+    dist.barrier()
+    dist_checkpointing.save(
+        _sharded(chunk, optimizer, is_loading=False), str(folder), sharded_strategy=_WriteHere("torch_dist", 1)
+    )
+
+
+def load(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer) -> int:
+    """Set weights, master weights and moments; returns the version. Collective.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or of another program or student.
+    """
+    state = _read_state(folder)
+    wanted = _sharded(chunk, optimizer, is_loading=True)
+    try:
+        found = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"trainer state in {str(folder)!r} cannot be read: {error}") from error
+    unwrapped(chunk).load_state_dict(found["model"])
+    for number, part in enumerate(optimizer.megatron.chained_optimizers):
+        groups = part.state_dict()["optimizer"]["param_groups"]
+        for group in groups:
+            group["step"] = state.num_updates
+        part.load_state_dict(
+            {
+                "optimizer": {"param_groups": groups},
+                "param_state": found[f"optimizer.{number}"],
+                "param_state_sharding_type": _SHARDING,
+            }
+        )
+    return state.version
+
+
+def _sharded(chunk: DistributedDataParallel, optimizer: StepOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": _SHARDING,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = unwrapped(chunk).sharded_state_dict(metadata=metadata)
+    tensors: dict[str, Any] = {"model": model}
+    for number, part in enumerate(optimizer.megatron.chained_optimizers):
+        whole = part.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        tensors[f"optimizer.{number}"] = whole["param_state"]
+    return tensors
+
+
+def _read_state(folder: Path) -> _State:
+    try:
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=_State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(
+            f"trainer state in {str(folder)!r} cannot be read: {error}; was it written with learner.backend='megatron'?"
+        ) from error
+    if state.format != 1:
+        raise CheckpointError(
+            f"trainer state in {str(folder)!r} has format {state.format}, this program reads 1; resume with the "
+            "program that wrote it"
+        )
+    return state
+
+
+class _WriteHere(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's format, written by torch's own writer in this process."""
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        state_dict_saver.save(
+            mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )

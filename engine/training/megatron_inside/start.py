@@ -1,0 +1,16 @@
+"""Import Megatron: what must be in place before, and what is put right after. Runs before any module of the package."""
+
+from __future__ import annotations
+
+import warnings
+
+from engine.training.megatron_inside import cpu_shim, without_te
+
+cpu_shim.install()
+with warnings.catch_warnings():
+    # It says at import, once per optional library, that this is not installed (TransformerEngine, Apex, ModelOpt).
+    warnings.simplefilter("ignore")
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.optimizer  # noqa: F401
+without_te.mend()
+cpu_shim.install_megatron()

@@ -1,0 +1,91 @@
+"""A checkpoint is of a student and not of a layout: what goes on from it, in whichever pieces, goes on as if nothing
+had happened. Two steps are looked at: the first one hides what is wrong with the optimizer's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.errors import CheckpointError
+from tests.engine.training.megatron.rank_cases import ON_RANKS, Steps, make_rollouts, num_ranks, settings
+from tests.engine.training.megatron.students import STUDENTS, make_student
+from tests.support.worlds import Worlds
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1": {},
+    "DP2": {"data_parallel": 2},
+    "TP2": {"tensor_parallel": 2},
+    "PP2": {"pipeline_parallel": 2},
+    "EP2": {"data_parallel": 2, "expert_parallel": 2},
+    "TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+}
+
+
+def steps_of(name: str, first: int, last: int) -> list[Any]:
+    vocab_size = STUDENTS[name].vocab_size
+    return [[make_rollouts(4, vocab_size=vocab_size, seed=step)] for step in range(first, last)]
+
+
+def run(worlds: Worlds, folder: Path, layout: str, *arguments: Any) -> list[Steps]:
+    cut = LAYOUTS[layout]
+    seen: list[Steps] = worlds.run(f"{ON_RANKS}:train", num_ranks(cut), settings(folder, cut), *arguments)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "saved_in", "resumed_in"),
+    [
+        ("qwen3", "TP2 PP2", ["1", "DP2", "TP2"]),
+        ("qwen3", "DP2", ["PP2"]),
+        # Experts have an optimizer of their own only where they are spread.
+        ("moonlight", "EP2", ["1", "TP2 EP2 PP2"]),
+        ("moonlight", "1", ["EP2", "TP2"]),
+    ],
+)
+def test_the_next_two_steps_are_the_same_in_another_layout(
+    name: str, saved_in: str, resumed_in: list[str], worlds: Worlds, tmp_path: Path
+) -> None:
+    student, checkpoint = make_student(name, tmp_path / "student"), tmp_path / "checkpoint"
+    after = steps_of(name, 2, 4)
+    seen = run(worlds, student, saved_in, steps_of(name, 0, 2), None, checkpoint, after)
+    expected = seen[0].steps[2:]
+
+    for layout in resumed_in:
+        found = run(worlds, student, layout, after, checkpoint)[0].steps
+
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.step, ours.lr, ours.num_tokens) == (theirs.step, theirs.lr, theirs.num_tokens)
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5), layout
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5), layout
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen3", "TP2"), ("moonlight", "EP2")])
+def test_in_the_same_layout_it_goes_on_bit_for_bit(name: str, layout: str, worlds: Worlds, tmp_path: Path) -> None:
+    student, checkpoint = make_student(name, tmp_path / "student"), tmp_path / "checkpoint"
+    after = steps_of(name, 1, 3)
+    expected = run(worlds, student, layout, steps_of(name, 0, 1), None, checkpoint, after)
+    found = run(worlds, student, layout, after, checkpoint)
+
+    for ours, theirs in zip(found, expected, strict=True):
+        for mine, other in zip(ours.gradients, theirs.gradients[1:], strict=True):
+            assert [name for name, _, _ in mine] == [name for name, _, _ in other]
+            for (_, _, a), (_, _, b) in zip(mine, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_checkpoint_that_is_none_is_refused_by_name(worlds: Worlds, tmp_path: Path) -> None:
+    student, checkpoint = make_student("qwen3", tmp_path / "student"), tmp_path / "checkpoint"
+    run(worlds, student, "1", steps_of("qwen3", 0, 1), None, checkpoint)
+    (broken,) = (checkpoint / "trainer").glob("*.distcp")
+    broken.write_bytes(broken.read_bytes()[:1000])
+
+    with pytest.raises(CheckpointError, match=r"trainer state in '.*trainer' cannot be read"):
+        run(worlds, student, "1", [], checkpoint)
+
+    (checkpoint / "trainer" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"was it written with learner.backend='megatron'\?"):
+        run(worlds, student, "1", [], checkpoint)
