@@ -144,7 +144,8 @@ class Pair:
 
 def measure_steps(pair: Pair, num_steps: int) -> tuple[float, float]:
     """Median seconds of ours and of the bare loop, in turns."""
-    ours, bare = [], []
+    ours: list[float] = []
+    bare: list[float] = []
     for turn in range(num_steps + 1):
         pairs = ((pair.step, ours), (pair.bare_step, bare))
         for run, seconds in pairs if turn % 2 else reversed(pairs):

@@ -79,9 +79,14 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def wrap(model: StudentModel) -> DistributedDataParallel:
-    """In half precision where the recipe says so, with buffers in which gradients add up. Weights are set before."""
+    """In half precision where the recipe says so, with buffers in which gradients add up. Weights are set after."""
     config = model.config
     module: nn.Module = Float16Module(config, model) if config.bf16 else model
+    for router in model.modules():
+        if getattr(router, "expert_bias", None) is not None:
+            # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
+            # value that was loaded, and for whoever exports before.
+            router.expert_bias.data = router.expert_bias.data.float()  # type: ignore[union-attr, operator]
     return DistributedDataParallel(config, ddp_config(), module)
 
 
