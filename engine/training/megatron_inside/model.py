@@ -59,6 +59,7 @@ def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentMode
     )
     model.shape = shape
     mend_latent_norms(model)
+    _mark_experts(model)
     if model.post_process:
         # In place, so that names, sharding and the hooks on its parameters are the original's.
         model.output_layer.__class__ = _BeforeHead
@@ -72,6 +73,14 @@ class _BeforeHead(ColumnParallelLinear):  # type: ignore[misc]
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
         return input_, None
+
+
+def _mark_experts(model: nn.Module) -> None:
+    """As those whose gradients are summed over the ranks that hold the same experts. Megatron does so only where
+    experts are spread; without that, tensor-parallel ranks each route a piece of the row and would keep their part."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _device(config: TransformerConfig) -> torch.device:
