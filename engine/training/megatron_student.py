@@ -143,7 +143,7 @@ def shape_of(config: Any, *, where: str = "the student") -> StudentShape:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads if latent else config.num_key_value_heads,
-        head_dim=latent.nope_dim + latent.rope_dim if latent else config.head_dim,
+        head_dim=latent.nope_dim + latent.rope_dim if latent else _head_dim(config),
         ffn_size=config.intermediate_size,
         norm_eps=config.rms_norm_eps,
         is_tied=bool(config.tie_word_embeddings),
@@ -197,6 +197,11 @@ def _check_stages(shape: StudentShape, config: MegatronConfig) -> None:
             f"{shape.num_layers} layers{taken}; set first_stage_layers or last_stage_layers so that what is left "
             f"divides by {num_others or 1}, or change pipeline_parallel"
         )
+
+
+def _head_dim(config: Any) -> int:
+    """Not every family's config says it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _rope(config: Any, refuse: _Refuse) -> Rope:

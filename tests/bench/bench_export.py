@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -94,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     turns = 3 if options.quick else 9
     torch.set_num_threads(1)
+    # What ranks log is no part of the report.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with tempfile.TemporaryDirectory() as root:
         return finish(measure(Path(root), turns=turns, is_quick=options.quick), as_json=options.json)
 

@@ -57,7 +57,9 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         # Experts are whole: gloo has no all_gather of uneven parts, and their products are small enough.
         "expert_tensor_parallel_size": 1,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        "perform_initialization": False,  # all weights are loaded
+        # All weights are loaded, but only where it draws them does Megatron mark those that are cut; the norm of the
+        # gradient would leave the others' parts out.
+        "perform_initialization": True,
         # How.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, without experts, too

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.errors import ModelError
 from engine.generation.checkpoint_names import checkpoint_parts
 from engine.training.megatron_inside.model import StudentModel, unwrapped
-from engine.training.megatron_names import HF_HEAD, ROUTER_BIAS, Held, Place, Region, held, hf_tensors, in_checkpoint
+from engine.training.megatron_names import HF_HEAD, Held, Place, Region, held, hf_tensors, in_checkpoint
 from engine.training.megatron_student import StudentShape
 from engine.training.student_files import WeightFiles
 
@@ -69,17 +69,15 @@ def held_tensors(chunks: Sequence[nn.Module], shape: StudentShape) -> Iterator[t
 def load_hf(chunks: Sequence[nn.Module], folder: Path, shape: StudentShape) -> None:
     """Set all weights of this rank from the checkpoint in ``folder``; rows that only pad the vocabulary become zero.
 
-    Every rank calls it; none waits for another. To be called before an optimizer copies the weights.
+    Every rank calls it; none waits for another. To be called when the model is wrapped (``model.wrap``), which would
+    round what is float32 here, and before an optimizer copies the weights.
 
     Raises:
         ModelError: a tensor is missing in the files, has another shape, or none of Megatron's parameters takes it.
     """
     with WeightFiles(folder) as files:
         _check(files, folder, shape)
-        for name, tensor, parts in held_tensors(chunks, shape):
-            if name.endswith(ROUTER_BIAS):
-                # Megatron keeps it so from the first pass on; the wrapper for bfloat16 has rounded it by then.
-                tensor.data = tensor.data.float()
+        for _, tensor, parts in held_tensors(chunks, shape):
             if sum(size_of_region(piece.here) for piece in parts.pieces) < tensor.numel():
                 tensor.zero_()
             for piece in parts.pieces:

@@ -222,7 +222,6 @@ class MegatronRankTrainer:
         (model,) = build_model(shape, layout)
         chunk = wrap(model)
         if weights:
-            # Not before: the wrapper rounds all that it finds to bfloat16, and the routers' biases are float32.
             load_hf([chunk], folder, shape)
         return _Loaded(
             shape=shape,

@@ -1,7 +1,7 @@
 """Three faults of Megatron-core 0.16.1 where TransformerEngine is not installed, and what mends each of them.
 
-``tests/engine/training/megatron/test_without_te.py`` takes each away again and fails when nothing goes wrong without
-it.
+``tests/engine/training/megatron/test_repairs.py`` takes the first two away again and fails when nothing goes wrong
+without them; what the third one mends is what ``test_checkpoints.py`` takes two steps for.
 """
 
 from __future__ import annotations

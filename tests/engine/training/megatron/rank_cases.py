@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor
 
 from engine.megatron_config import MegatronConfig
@@ -132,3 +133,18 @@ def as_scored(rollout: RankRollout) -> ScoredRollout[Scores]:
         ),
         scores=rollout.scores,
     )
+
+
+def whole_gradients(seen: Sequence[Steps], step: int) -> dict[str, Tensor]:
+    """Put together from all ranks' pieces; NaN where nobody knows."""
+    pieces = [piece for one in seen for piece in one.gradients[step]]
+    whole: dict[str, Tensor] = {}
+    for name in sorted({name for name, _, _ in pieces}):
+        mine = [(there, values) for other, there, values in pieces if other == name]
+        size = [max(there[i].stop for there, _ in mine) for i in range(len(mine[0][0]))]
+        whole[name] = torch.full(size, float("nan"))
+        for there, values in mine:
+            place = whole[name][there]
+            known = ~values.view(place.shape).isnan()
+            place[known] = values.view(place.shape)[known]
+    return whole

@@ -50,11 +50,29 @@ _LATENT: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
 }
+_LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
 
 STUDENTS: Mapping[str, PreTrainedConfig] = {
     # The vocabulary is padded; the second rank of two has nothing but padding.
     "llama": LlamaConfig(**_GROUPED, vocab_size=60, tie_word_embeddings=True),
-    "llama, untied": LlamaConfig(**_GROUPED, vocab_size=256, tie_word_embeddings=False),
+    "llama, untied": LlamaConfig(**_GROUPED, vocab_size=256, tie_word_embeddings=False, rope_parameters=_LLAMA3),
     "qwen3": Qwen3Config(**_GROUPED, vocab_size=200, tie_word_embeddings=True),
     "qwen3_moe": Qwen3MoeConfig(
         **_GROUPED,
@@ -66,7 +84,18 @@ STUDENTS: Mapping[str, PreTrainedConfig] = {
         norm_topk_prob=True,
         mlp_only_layers=[2],
     ),
-    "moonlight": DeepseekV3Config(**_LATENT, vocab_size=200, tie_word_embeddings=False, q_lora_rank=None),
+    # Its epsilon is not that of the norms inside latent attention.
+    "moonlight": DeepseekV3Config(
+        **_LATENT, vocab_size=200, tie_word_embeddings=False, q_lora_rank=None, rms_norm_eps=1e-5
+    ),
+    # Four experts from two of four groups, and positions stretched.
+    "deepseek_v3": DeepseekV3Config(
+        **(_LATENT | {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}),
+        vocab_size=200,
+        tie_word_embeddings=False,
+        q_lora_rank=12,
+        rope_parameters=_YARN,
+    ),
     "deepseek_v3, tied": DeepseekV3Config(**_LATENT, vocab_size=100, tie_word_embeddings=True, q_lora_rank=12),
 }
 

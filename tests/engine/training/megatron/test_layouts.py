@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import StudentConfig
@@ -28,6 +27,7 @@ from tests.engine.training.megatron.rank_cases import (
     make_rollouts,
     num_ranks,
     settings,
+    whole_gradients,
 )
 from tests.engine.training.megatron.students import STUDENTS, make_student
 from tests.support.models import load, plain_logits
@@ -77,21 +77,6 @@ def step_reports(seen: Sequence[Steps]) -> list[StepReport]:
     """Rank 0's."""
     assert all(not one.steps for one in seen[1:])
     return seen[0].steps
-
-
-def whole_gradients(seen: Sequence[Steps], step: int) -> dict[str, Tensor]:
-    """Put together from all ranks' pieces; NaN where nobody knows."""
-    pieces = [piece for one in seen for piece in one.gradients[step]]
-    whole: dict[str, Tensor] = {}
-    for name in sorted({name for name, _, _ in pieces}):
-        mine = [(there, values) for other, there, values in pieces if other == name]
-        size = [max(there[i].stop for there, _ in mine) for i in range(len(mine[0][0]))]
-        whole[name] = torch.full(size, float("nan"))
-        for there, values in mine:
-            place = whole[name][there]
-            known = ~values.view(place.shape).isnan()
-            place[known] = values.view(place.shape)[known]
-    return whole
 
 
 @pytest.fixture(scope="module")

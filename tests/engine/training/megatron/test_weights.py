@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from engine.errors import ModelError
 from engine.training.export import named_tensors
 from engine.transport.manifest import digest_of
 from tests.engine.training.megatron.students import STUDENTS, make_student
@@ -78,3 +84,56 @@ def test_there_and_back_is_the_identity(
         assert all(found == [[], []] for found in of_ranks[1:])
         if saved is not None:
             assert fingerprints_of(saved) == student.fingerprints
+
+
+def test_a_student_trained_in_bfloat16_is_saved_so_and_its_routers_choose_as_before(
+    students: dict[str, Saved], worlds: Worlds, tmp_path: Path
+) -> None:
+    """A bias of the router that is rounded with the weights sends tokens to other experts."""
+    folder = shutil.copytree(students["moonlight"].folder, tmp_path / "source")
+    (folder / "tokenizer_config.json").write_text("{}")
+
+    worlds.run(f"{ON_RANKS}:there_and_back", 1, folder, {"dtype": "bfloat16"}, tmp_path / "saved")
+
+    assert (tmp_path / "saved" / "tokenizer_config.json").is_file()
+    assert msgspec.json.decode((tmp_path / "saved" / "config.json").read_bytes())["dtype"] == "bfloat16"
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        expected = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        assert found[name].dtype == expected.dtype
+        assert found[name].equal(expected), name
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model.norm.weight": None}, r"its weights lack 1 tensors, among them 'model.norm.weight'"),
+        ({"model.norm.bias": torch.zeros(32)}, r"takes 1 of its tensors, among them 'model.norm.bias'"),
+        ({"model.norm.weight": torch.zeros(31)}, r"model.norm.weight has shape \(31,\) in the files and \(32,\) by"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_its_configs_is_refused_by_name(
+    change: dict[str, Tensor | None], complaint: str, students: dict[str, Saved], worlds: Worlds, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(students["qwen3"].folder, tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+    with pytest.raises(ModelError, match=complaint):
+        worlds.run(f"{ON_RANKS}:there_and_back", 1, folder, {}, None)
+
+
+def test_what_a_checkpoint_has_for_others_is_passed_over(
+    students: dict[str, Saved], worlds: Worlds, tmp_path: Path
+) -> None:
+    """A second copy of a tied head, frequencies of positions, layers that predict further tokens."""
+    folder = shutil.copytree(students["qwen3"].folder, tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    tensors["model.layers.4.eh_proj.weight"] = torch.zeros(2, 2)
+    save_file(tensors, folder / "model.safetensors")
+
+    found, *_ = worlds.run(f"{ON_RANKS}:there_and_back", 1, folder, {}, None)
+
+    assert found == [students["qwen3"].fingerprints] * 2

@@ -11,10 +11,14 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from engine.errors import NonFiniteError
+from engine.training.megatron_inside import layer_spec
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
@@ -40,9 +44,8 @@ def dealt(rollouts: Sequence[RankRollout]) -> RankWork:
     )
 
 
-def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[RankRollout]]], **options: Any) -> Steps:
+def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[RankRollout]]], seen: Steps) -> None:
     """Steps of calls of rollouts."""
-    seen = Steps(reports=[], steps=[], gradients=[])
     for calls in steps:
         for rollouts in calls:
             report = trainer.accumulate(dealt(rollouts))
@@ -73,6 +76,21 @@ def train(
     take_steps(trainer, then, seen)
     trainer.stop()
     return seen
+
+
+def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[Sequence[RankRollout]]]) -> Steps:
+    """``train`` with one repair of Megatron taken away."""
+    with pytest.MonkeyPatch.context() as patch:
+        match repair:
+            case "te_general_gemm":
+                patch.delattr(moe_utils, "te_general_gemm")
+            case "HAVE_TE":
+                patch.setattr(multi_latent_attention, "HAVE_TE", True)
+            case "down-projections":
+                patch.setattr(layer_spec, "Linear", ColumnParallelLinear)
+            case _:
+                raise AssertionError(repair)
+        return train(settings, steps)
 
 
 def spoiled(settings: RankSettings, rollouts: Sequence[RankRollout]) -> tuple[str, StepReport | None, bool]:

@@ -11,25 +11,25 @@ from engine.megatron_config import MegatronConfig
 from engine.training.megatron_inside import parallel
 from engine.training.megatron_inside.convert import load_hf
 from engine.training.megatron_inside.gather import Exporter
-from engine.training.megatron_inside.model import StudentModel, build_model
+from engine.training.megatron_inside.model import build_model, wrap
 from engine.training.megatron_inside.save import save_student
-from engine.training.megatron_student import StudentShape, check_layout, read_shape
+from engine.training.megatron_student import check_layout, read_shape
 from engine.transport.manifest import digest_of
 from engine.transport.shared_arrays import SharedBuffers
 
 
-def loaded(folder: Path, layout: Mapping[str, Any]) -> tuple[list[StudentModel], StudentShape]:
-    """This rank's part of the student in ``folder``."""
+def loaded(folder: Path, layout: Mapping[str, Any]) -> Exporter:
+    """Of this rank's part of the student in ``folder``. It is made before there are weights, as when a run resumes."""
     config = MegatronConfig(**{"dtype": "float32", **layout})
     shape = read_shape(folder)
     check_layout(shape, config)
     parallel.initialize(config)
-    chunks = build_model(shape, config)
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))
+    chunks = [wrap(model) for model in build_model(shape, config)]
+    for parameter in chunks[0].parameters():
+        parameter.data.fill_(float("nan"))
+    exporter = Exporter(chunks, shape, buffers=SharedBuffers())
     load_hf(chunks, folder, shape)
-    return chunks, shape
+    return exporter
 
 
 def fingerprints(buckets: Iterable[Bucket]) -> list[tuple[str, str]]:
@@ -43,8 +43,7 @@ def fingerprints(buckets: Iterable[Bucket]) -> list[tuple[str, str]]:
 
 def there_and_back(folder: Path, layout: Mapping[str, Any], saved: Path | None) -> list[list[tuple[str, str]]]:
     """Load, export twice with buckets of different sizes, and save if told where to."""
-    chunks, shape = loaded(folder, layout)
-    exporter = Exporter(chunks, shape, buffers=SharedBuffers())
+    exporter = loaded(folder, layout)
     found = [fingerprints(exporter.buckets(bucket_bytes=size)) for size in (1 << 12, 1 << 30)]
     if saved is not None:
         save_student(exporter, source=folder, folder=saved)
