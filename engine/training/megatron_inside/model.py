@@ -95,7 +95,7 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
         if getattr(router, "expert_bias", None) is not None:
             # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
             # value that was loaded, and for whoever exports before.
-            router.expert_bias.data = router.expert_bias.data.float()  # type: ignore[union-attr, operator]
+            router.expert_bias.data = router.expert_bias.data.float()
     return DistributedDataParallel(config, ddp_config(), module)
 
 
