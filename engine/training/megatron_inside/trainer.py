@@ -21,9 +21,9 @@ from torch import Tensor
 
 from engine.errors import NonFiniteError
 from engine.generation.protocol import Bucket
+from engine.training.flops import peak_tflops, training_flops
 from engine.training.megatron_inside import checkpoint, parallel
 from engine.training.megatron_inside.convert import load_hf
-from engine.training.megatron_inside.flops import peak_tflops, training_flops
 from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.loss import Found
 from engine.training.megatron_inside.model import build_model, wrap
