@@ -101,8 +101,8 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
 
 
 def release(chunk: DistributedDataParallel) -> None:
-    """Let go of the buffers and the model when nobody else holds them. Hooks that autograd keeps hold them otherwise, in
-    a circle that the garbage collector does not see. The chunk is of no use afterwards."""
+    """Let go of the buffers and the model when nobody else holds them. Otherwise hooks that autograd keeps hold them,
+    in a circle that the garbage collector does not see. The chunk is of no use afterwards."""
     chunk.grad_accs.clear()
 
 
