@@ -16,9 +16,10 @@ from tests.engine.generation.contract import request
 from tests.engine.training.cases import make_scored
 from tests.support.models import tiny_model
 
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(rank=4, alpha=8)
 
 
+@pytest.mark.slow
 async def test_adapter_bytes_alone_travel_and_the_engine_then_thinks_what_the_learner_thinks(root: Path) -> None:
     folder = tiny_model(root / "lora", arch="qwen3", hidden=128, scale=0.1)
     student = StudentConfig(path=str(folder))

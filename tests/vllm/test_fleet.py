@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from engine.errors import AnswerLost
 from engine.generation.protocol import Generation
 from engine.generation.vllm_fleet import VllmFleet
@@ -15,6 +17,7 @@ from tests.engine.generation.contract import buckets_of, reference_logprobs, req
 from tests.support.models import load, tiny_model
 
 
+@pytest.mark.slow
 async def test_an_engine_that_is_killed_is_started_again_alone_with_the_present_weights(root: Path) -> None:
     """Only its own answers are lost. The other one goes on, takes everything meanwhile, and gets the next version."""
     folders = [tiny_model(root / f"fleet{seed}", arch="qwen3", hidden=128, seed=seed, scale=0.1) for seed in (0, 1)]

@@ -23,7 +23,8 @@ def test_a_run_that_trains_an_adapter_learns_and_leaves_a_student_that_loads(tmp
     first, last = map(json.loads, (out / "evaluations.jsonl").read_text().splitlines())
     assert last["kl"] < 0.9 * first["kl"]
     verified = [line for line in events(out) if line["event"] == "weights.verified"]
-    assert [line["version"] for line in verified] == [5, 10, 15]
+    # The last version may come when nobody asks for answers any more.
+    assert {line["version"] for line in verified} >= {5, 10, 15}
     assert max(line["difference"] for line in verified) < 1e-4
     checkpoint = out / "checkpoints" / "step_000020"
     assert (checkpoint / "adapter" / "adapter_model.safetensors").stat().st_size < 200_000

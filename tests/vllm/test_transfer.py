@@ -16,14 +16,22 @@ from tests.engine.generation.contract import buckets_of, reference_logprobs, req
 from tests.support.models import load, tiny_model
 
 
-async def test_weights_come_over_gloo_to_every_rank_while_answers_go_on(root: Path) -> None:
-    """Two workers that hold half of the model each; buckets of a few tensors. When one is killed, the sender does not
-    wait for it."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "vllm",
+    [
+        VllmConfig(kv_cache_bytes=64 << 20, tensor_parallel=2),
+        VllmConfig(kv_cache_bytes=64 << 20, data_parallel=2),
+    ],
+    ids=["two halves", "two copies"],
+)
+async def test_weights_come_over_gloo_to_every_rank_while_answers_go_on(root: Path, vllm: VllmConfig) -> None:
+    """Two workers; buckets of a few tensors. When one is killed, the sender does not wait for it."""
     folders = [tiny_model(root / f"gloo{seed}", arch="qwen3", hidden=128, seed=seed, scale=0.1) for seed in (0, 1)]
     models = [load(folder) for folder in folders]
     config = WeightsConfig(transfer="gloo", bucket_bytes=200_000)
     generator = VllmGenerator(
-        config=SamplerConfig(backend="vllm", num_slots=4, vllm=VllmConfig(kv_cache_bytes=64 << 20, tensor_parallel=2)),
+        config=SamplerConfig(backend="vllm", num_slots=2, vllm=vllm),
         student=StudentConfig(path=str(folders[0])),
         max_length=512,
         weights=config,
@@ -44,9 +52,9 @@ async def test_weights_come_over_gloo_to_every_rank_while_answers_go_on(root: Pa
             assert answer.logprobs[span.start : span.end] == pytest.approx(expected[span.start : span.end], abs=1e-5)
 
     assert generator._life is not None
+    assert generator._life.engine.num_workers == 2
     pids = await generator._life.engine.call_workers("process_id")
-    assert len(pids) == 2
-    os.kill(pids[1], signal.SIGKILL)
+    os.kill(pids[-1], signal.SIGKILL)
     async with asyncio.timeout(60):
         with pytest.raises(GeneratorDied):
             await generator.update_weights(7, buckets_of(models[1]), config=config)

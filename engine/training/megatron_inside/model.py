@@ -92,11 +92,18 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
     config = model.config
     module: nn.Module = Float16Module(config, model) if config.bf16 else model
     for router in model.modules():
-        if getattr(router, "expert_bias", None) is not None:
+        bias: Tensor | None = getattr(router, "expert_bias", None)
+        if bias is not None:
             # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
             # value that was loaded, and for whoever exports before.
-            router.expert_bias.data = router.expert_bias.data.float()  # type: ignore[union-attr, operator]
+            bias.data = bias.data.float()
     return DistributedDataParallel(config, ddp_config(), module)
+
+
+def release(chunk: DistributedDataParallel) -> None:
+    """Let go of the buffers and the model when nobody else holds them. Otherwise hooks that autograd keeps hold them,
+    in a circle that the garbage collector does not see. The chunk is of no use afterwards."""
+    chunk.grad_accs.clear()
 
 
 def unwrapped(chunk: nn.Module) -> StudentModel:

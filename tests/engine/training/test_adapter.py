@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine.training.hf import HFTrainer
 from tests.engine.training.cases import make_scored
 from tests.support.models import load, plain_logits, tiny_model
 
-LORA = LoraConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "down_proj"))
+LORA = LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = list(range(3, 40))
 
 
@@ -94,8 +95,9 @@ def test_a_checkpoint_loads_with_transformers_and_with_peft_and_goes_on_bit_for_
     trainer.save(tmp_path)
     scores = trainer.score(IDS)
 
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
-    adapted = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    adapted: Any = PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
+    adapted.eval()
     for model in (merged, adapted):
         found = plain_logits(model, IDS)[:-1].log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
         assert found.tolist() == pytest.approx(scores, abs=1e-5)
