@@ -53,13 +53,10 @@ def install_megatron() -> None:
         return
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
-    from torch._dynamo import config as dynamo_config
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
-    # Its jit_fuser is torch.compile: minutes of a C++ compiler at every start, for kernels that CPU tests do not need.
-    dynamo_config.disable = True
 
 
 class _Installed:
