@@ -1,8 +1,8 @@
 """Megatron on a machine without CUDA: what it says of CUDA unconditionally is made to mean the CPU.
 
 Three parts: entry points of ``torch.cuda`` that answer for the CPU; a mode of torch that reads ``device="cuda"``,
-``.cuda()`` and ``.type()`` that way; and functions of Megatron that neither can reach. It costs 3 % of a step. Nothing
-here is used where there is a CUDA device.
+``.cuda()`` and ``.type()`` that way; and functions of Megatron that neither can reach. Nothing here is used where there
+is a CUDA device.
 
 ``install`` comes before the first import of ``megatron.core``, ``install_megatron`` after it. Both hold for the rest of
 the process.
