@@ -38,7 +38,7 @@ from engine.recipe import SamplerConfig, StudentConfig, VllmConfig, WeightsConfi
 from engine.training.export import buckets, named_tensors
 from tests.bench.bench_generation import Load, loads, requests, time_generate
 from tests.bench.process_clock import cpu_s
-from tests.bench.report import OURS, Report, Row, Target, add_options, fair_environment, finish, progress
+from tests.bench.report import OURS, Report, Row, add_options, fair_environment, finish, progress
 from tests.support.models import load
 
 INTERPRETER = Path(".venv-vllm/bin/python")
@@ -129,29 +129,19 @@ async def measure(folder: Path, *, turns: int, num_versions: int) -> Report:
         )
         for name, took in seconds.items()
     ]
-    shares = {}
     for name, generator in ((TORCH, in_torch), (f"{OURS}, vLLM", in_vllm)):
         progress(f"{name}: a version every {PER_STEP} answers")
         paused_s, step_s = await pauses(generator, model, work, num_versions=num_versions)
-        shares[name] = paused_s / step_s
         what = f"a version every {PER_STEP} answers"
         rows += [
             Row(load=what, contender=name, value=1e3 * paused_s, unit="ms paused per version"),
-            Row(load=what, contender=name, value=100 * shares[name], unit="% of a step"),
+            Row(load=what, contender=name, value=100 * paused_s / step_s, unit="% of a step"),
         ]
     await in_torch.stop()
     await in_vllm.stop()
-    target = Target(
-        what="pause of vLLM per version, share of a step",
-        found=100 * shares[f"{OURS}, vLLM"],
-        bound=25,
-        at_most=True,
-        unit="%",
-    )
     return Report(
         bench="vllm",
         rows=tuple(rows),
-        targets=(target,),
         notes=("vLLM's engine is another process: its CPU time and that of ours are added.",),
     )
 
