@@ -19,3 +19,12 @@ def test_a_name_that_is_there_only_with_transformer_engine(
 ) -> None:
     with pytest.raises(error):
         worlds.run(f"{ON_RANKS}:train_without", 1, repair, settings(make_student("moonlight", tmp_path)), STEPS)
+
+
+def test_another_version_of_megatron_is_not_repaired(worlds: Worlds) -> None:
+    (said,) = worlds.run(f"{ON_RANKS}:repaired_with", 1, "0.17.0")
+
+    assert said.startswith("a learner without CUDA needs megatron-core 0.16.1, whose inner names")
+    assert said.endswith(
+        "and 0.17.0 is installed; install megatron-core==0.16.1, or train on CUDA with TransformerEngine"
+    )

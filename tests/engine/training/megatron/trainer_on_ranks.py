@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from engine.errors import NonFiniteError
+from engine.training.megatron_inside import versions
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
@@ -89,6 +90,15 @@ def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[
             case _:
                 raise AssertionError(repair)
         return train(settings, steps)
+
+
+def repaired_with(version: str) -> str:
+    """What is said of another version of Megatron-core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "version", lambda package: version)
+        with pytest.raises(RuntimeError) as raised:
+            versions.check_version("a learner without CUDA")
+    return str(raised.value)
 
 
 def spoiled(settings: RankSettings, rollouts: Sequence[RankRollout]) -> tuple[str, StepReport | None, bool]:
