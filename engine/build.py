@@ -23,7 +23,7 @@ from engine.actors.teacher_proxy import TeacherProxy
 from engine.actors.trained_answer import describe
 from engine.actors.weight_probe import WeightProbe
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
-from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params
+from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params, wanted_top_k
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
 from engine.errors import ClosedChannel, EndOfChannel, RecipeError, UserError, WouldBlock
@@ -34,10 +34,11 @@ from engine.graph import ActorSpec, ChannelSpec, Graph, Ports
 from engine.ledger import Ledger
 from engine.parts import Parts
 from engine.prompts import PromptRow, PromptSet, PromptSource, Tokenizer
-from engine.recipe import HttpTeacher, Recipe
+from engine.recipe import Recipe, RemoteTeacher
 from engine.run_dir import RunDir
 from engine.schedule import Schedule
 from engine.streams import stream_key
+from engine.tracing import log
 from engine.training.protocol import TokenLosses, Trainer
 from engine.transport.channel import Receiver, Sender, open_channel
 from engine.types import Prompt, ScoredRollout
@@ -157,12 +158,13 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         checkpoint=checkpoint,
         generator=generator,
         trainer=trainer,
-        teacher=_teacher(recipe),
+        teacher=_teacher(recipe, inputs),
         params=sampling_params(recipe, inputs.student),
         learner_worker=learner_worker,
         syncer_worker=syncer_worker,
         sampler_spare=sampler_spare(recipe),
         teacher_concurrency=recipe.teacher.max_in_flight * num_replicas(recipe),
+        most_top_k=inputs.most_top_k,
         weights_lock=weights_lock,
         push_weights=WeightPush(
             generator=generator,
@@ -190,7 +192,7 @@ def sampler_spare(recipe: Recipe) -> int:
 
 def num_replicas(recipe: Recipe) -> int:
     """Of the teacher."""
-    return len(recipe.teacher.urls) if isinstance(recipe.teacher, HttpTeacher) else 1
+    return len(recipe.teacher.urls) if isinstance(recipe.teacher, RemoteTeacher) else 1
 
 
 def build(graph: Graph, parts: Parts) -> Built:
@@ -369,14 +371,20 @@ def _trainer(recipe: Recipe, run_dir: RunDir) -> Trainer:
     )
 
 
-def _teacher(recipe: Recipe) -> Teacher:
-    if isinstance(recipe.teacher, HttpTeacher):
+def _teacher(recipe: Recipe, inputs: Inputs) -> Teacher:
+    if inputs.most_top_k is not None:
+        log.warning("teacher.top_k_lowered", wanted=wanted_top_k(recipe), given=inputs.most_top_k)
+    if isinstance(recipe.teacher, RemoteTeacher):
         from teacher.pool import connect
 
-        return connect(recipe.teacher)
+        return connect(recipe.teacher, known=inputs.known)
     from teacher.local import LocalTeacher
 
     return LocalTeacher(recipe.teacher)
+
+
+def _top_k(parts: Parts, wanted: int) -> int:
+    return wanted if parts.most_top_k is None else min(wanted, parts.most_top_k)
 
 
 def _prompt_feeder(ports: Ports) -> Actor:
@@ -407,7 +415,7 @@ def _teacher_proxy(ports: Ports) -> Actor:
         scored=ports.output,
         teacher=ports.parts.teacher,
         schedule=ports.parts.schedule,
-        top_k=recipe.teacher.top_k,
+        top_k=_top_k(ports.parts, recipe.teacher.top_k),
         concurrency=ports.parts.teacher_concurrency,
         alone=recipe.deterministic,
         max_refusals=max(8, recipe.rollouts_per_step),
@@ -496,7 +504,7 @@ def _evaluator(parts: Parts, held_out: PromptSet) -> Evaluator:
         params=msgspec.structs.replace(
             parts.params, max_new_tokens=config.max_new_tokens or recipe.sampler.max_new_tokens, num_top_ids=0
         ),
-        top_k=config.top_k or recipe.teacher.top_k,
+        top_k=_top_k(parts, config.top_k or recipe.teacher.top_k),
         alone=recipe.deterministic,
         clock=parts.clock,
         num_shown=config.num_shown,
@@ -567,7 +575,7 @@ def _about_learner(recipe: Recipe) -> str:
 def _about_teacher(recipe: Recipe) -> str:
     teacher = recipe.teacher
     where = (
-        ", ".join(teacher.urls) if isinstance(teacher, HttpTeacher) else f"{Path(teacher.model).name} in this process"
+        ", ".join(teacher.urls) if isinstance(teacher, RemoteTeacher) else f"{Path(teacher.model).name} in this process"
     )
     return f"{where}, top {teacher.top_k}"
 

@@ -6,6 +6,7 @@ are tried, so that one look shows all mistakes.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import importlib
 import importlib.metadata
@@ -13,9 +14,10 @@ import importlib.util
 import inspect
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -34,13 +36,20 @@ from engine.model_folder import look_at_model, stop_ids, vocab_size
 from engine.monitor.sinks.attach import check_sinks
 from engine.prompt_files import read_rows
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
-from engine.recipe import DataConfig, EvalConfig, HttpTeacher, LocalTeacher, Recipe, VllmConfig
+from engine.recipe import DataConfig, EvalConfig, LocalTeacher, Recipe, RemoteTeacher, VllmConfig, VllmTeacher
 from engine.run_dir import RunDir
 from engine.types import SamplingParams
 from teacher.fingerprint import fingerprint
-from teacher.protocol import PROTOCOL, TeacherInfo
+from teacher.health import PROBE_DEADLINE_S
+from teacher.protocol import PROTOCOL, Teacher, TeacherInfo
 from teacher.replica import difference
+from teacher.same_tokens import Known, known
+from teacher.self_test import SelfTest
 from teacher.token import read_token
+from teacher.vllm_abilities import WITHOUT_EXTRA_IDS
+
+if TYPE_CHECKING:
+    from teacher.vllm_client import Looked
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +80,10 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     student: Student
     prompts: PromptSet
     held_out: PromptSet | None
+    known: Known | None
+    """The vocabulary that stock servers were, and will be, held against; None: the teacher is of another kind."""
+    most_top_k: int | None
+    """Largest top_k that the teacher gives, where that is less than the recipe wants; None: it is not."""
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +115,7 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
         return value
 
     student: Student | None = attempt("student", lambda: _student(recipe))
-    prompts = held_out = None
+    prompts = held_out = teacher = None
     if student is not None:
         prompts = attempt("prompts", lambda: _prompts(recipe, student.tokenizer))
         if recipe.evaluation is not None:
@@ -110,7 +123,8 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
             held_out = attempt("held-out", lambda: _held_out(recipe, evaluation, student.tokenizer))
         attempt("lengths", lambda: _lengths(recipe, student))
         try:
-            findings.append(Finding(subject="teacher", ok=True, text=await _teacher(recipe, student)))
+            teacher = await _teacher(recipe, student)
+            findings.append(Finding(subject="teacher", ok=True, text=teacher.text))
         except EngineError as error:
             findings.append(Finding(subject="teacher", ok=False, text=str(error)))
         attempt("disk", lambda: _disk(recipe, student, out))
@@ -136,11 +150,16 @@ async def check(recipe: Recipe, *, out: Path | None, resume: bool) -> Checked:
         attempt("folder", lambda: _folder(out, resume=resume))
         if resume and RunDir(out).recipe.exists():
             attempt("resume", lambda: _earlier_run(recipe, prompts, out))
-    whole = all(finding.ok for finding in findings) and student is not None and prompts is not None
-    return Checked(
-        findings=tuple(findings),
-        inputs=Inputs(student=student, prompts=prompts, held_out=held_out) if whole and student and prompts else None,
-    )
+    inputs = None
+    if all(finding.ok for finding in findings) and student is not None and prompts is not None and teacher is not None:
+        inputs = Inputs(
+            student=student,
+            prompts=prompts,
+            held_out=held_out,
+            known=teacher.known,
+            most_top_k=teacher.most_top_k,
+        )
+    return Checked(findings=tuple(findings), inputs=inputs)
 
 
 def ledger_identity(recipe: Recipe, prompts: PromptSet) -> dict[str, str]:
@@ -260,40 +279,98 @@ def _lengths(recipe: Recipe, student: Student) -> tuple[str, None]:
     return f"at most {most} tokens, the student has {student.max_length}", None
 
 
-async def _teacher(recipe: Recipe, student: Student) -> str:
+class _FoundTeacher(msgspec.Struct, frozen=True, kw_only=True):
+    text: str
+    known: Known | None = None
+    most_top_k: int | None = None
+
+
+async def _teacher(recipe: Recipe, student: Student) -> _FoundTeacher:
+    from teacher.pool import client_of
+    from teacher.vllm_client import VllmClient
+
     teacher = recipe.teacher
     if isinstance(teacher, LocalTeacher):
-        return _local_teacher(teacher, recipe, student)
-    answers = []
-    for url in teacher.urls:
-        client = connect_one(teacher, url)
-        try:
-            answers.append((url, await client.info()))
-        except TeacherUnavailable as error:
-            raise TeacherUnavailable(
-                f"no teacher at {url}: {error}; start one with: python -m teacher --model DIR --port "
-                f"{url.rpartition(':')[2].strip('/')}"
-            ) from error
-        finally:
-            await client.close()
-    for url, info in answers:
-        _compare(url, info, recipe, student)
-    url, info = answers[0]
-    for other_url, other in answers[1:]:
-        if (why := difference(info, other)) is not None:
-            raise TeacherMismatch(
-                f"teachers {url} and {other_url} are not the same: {why}; start all replicas with one --model"
-            )
-    return f"{url}: {info.model}, vocabulary {info.vocab_size:,}" + (
-        f", and {len(answers) - 1} more replicas" if len(answers) > 1 else ""
+        return _FoundTeacher(text=_local_teacher(teacher, recipe, student))
+    vocabulary = _known(teacher, recipe, student) if isinstance(teacher, VllmTeacher) else None
+    async with AsyncExitStack() as clients:
+        found = []
+        for url in teacher.urls:
+            client = client_of(teacher, url, known=vocabulary, timeout_s=teacher.deadline_s)
+            clients.push_async_callback(client.close)
+            info = await _info(teacher, url, client)
+            _compare(url, info, recipe, student)
+            found.append((url, client, info))
+        (url, client, info), *others = found
+        for other_url, _, other in others:
+            if (why := difference(info, other)) is not None:
+                raise TeacherMismatch(
+                    f"teachers {url} and {other_url} are not the same: {why}; start all replicas with one --model"
+                )
+        disagreements = await _disagreements(teacher, found)
+    text = f"{url}: {info.model}, vocabulary {info.vocab_size:,}"
+    if isinstance(client, VllmClient):
+        text += _about_stock(client.looked, info)
+    if others:
+        text += f", and {len(others)} more replicas"
+    lowered = info.max_top_k if info.max_top_k < wanted_top_k(recipe) else None
+    if lowered is not None:
+        text += f"; the top {wanted_top_k(recipe)} that are wanted are lowered to the {lowered} that it gives"
+    return _FoundTeacher(text="; but ".join((text, *disagreements)), known=vocabulary, most_top_k=lowered)
+
+
+async def _info(teacher: RemoteTeacher, url: str, client: Teacher) -> TeacherInfo:
+    try:
+        async with asyncio.timeout(PROBE_DEADLINE_S):
+            return await client.info()
+    except (TeacherUnavailable, TimeoutError) as error:
+        reason = str(error) or f"no answer within {PROBE_DEADLINE_S:g} s"
+        raise TeacherUnavailable(f"no teacher at {url}: {reason}; start one with: {_start(teacher, url)}") from error
+
+
+async def _disagreements(teacher: RemoteTeacher, found: Sequence[tuple[str, Teacher, TeacherInfo]]) -> list[str]:
+    """What self-tests found, unless the recipe does not mind or does not want them."""
+    if teacher.self_test_bound is None:
+        return []
+    self_test = SelfTest(bound=teacher.self_test_bound)
+    told = [str(one) for one in [await self_test.examine(*replica) for replica in found] if one is not None]
+    if told and teacher.on_disagreement == "refuse":
+        raise TeacherMismatch("; ".join(told))
+    return told
+
+
+def _known(teacher: VllmTeacher, recipe: Recipe, student: Student) -> Known:
+    if teacher.model is None:
+        return known(student.tokenizer, vocab_size=student.vocab_size, source=f"the student {recipe.student.path}")
+    config = look_at_model(teacher.model, trust_remote_code=teacher.trust_remote_code, role="teacher.model")
+    return known(
+        load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code),
+        vocab_size=vocab_size(config, path=teacher.model, role="teacher.model"),
+        source=f"teacher.model {teacher.model}",
     )
 
 
-def connect_one(teacher: HttpTeacher, url: str) -> Any:
-    from teacher.client import TeacherClient
+def _about_stock(looked: Looked | None, info: TeacherInfo) -> str:
+    """What was seen and what had to be believed."""
+    assert looked is not None, "it has been asked"
+    abilities = looked.abilities
+    vocabulary = "as it says" if abilities.vocab_size is not None else "which it does not say itself"
+    tokens = "its tokens not seen, teacher.model believed"
+    if looked.num_tokens is not None:
+        tokens = f"{looked.num_tokens:,} of its tokens compared"
+    return f" {vocabulary}, {tokens}; vLLM {abilities.version} at {abilities.route}, top {info.max_top_k} at most"
 
-    token = None if teacher.token_file is None else read_token(teacher.token_file)
-    return TeacherClient(url, token=token, timeout_s=10.0)
+
+def _start(teacher: RemoteTeacher, url: str) -> str:
+    port = url.rpartition(":")[2].strip("/")
+    if isinstance(teacher, VllmTeacher):
+        return f"vllm serve DIR --enable-scale-out --max-logprobs {teacher.top_k} --port {port}"
+    return f"python -m teacher --model DIR --port {port}"
+
+
+def wanted_top_k(recipe: Recipe) -> int:
+    """The most that is asked of the teacher."""
+    return max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
 
 
 def _local_teacher(teacher: LocalTeacher, recipe: Recipe, student: Student) -> str:
@@ -329,11 +406,17 @@ def _compare(name: str, info: TeacherInfo, recipe: Recipe, student: Student) -> 
             f"{student.vocab_size:,}: with one tokenizer this is padding of different size; make them equal with "
             "resize_token_embeddings on the student, or use models of one vocab_size"
         )
-    top_k = max(recipe.teacher.top_k, (recipe.evaluation.top_k or 0) if recipe.evaluation else 0)
-    if top_k > info.max_top_k:
+    stock = recipe.teacher if isinstance(recipe.teacher, VllmTeacher) else None
+    if (top_k := wanted_top_k(recipe)) > info.max_top_k and (stock is None or stock.on_top_k_cap == "refuse"):
+        option = "--max-top-k" if stock is None else "--max-logprobs, or set teacher.on_top_k_cap='lower'"
         raise TeacherMismatch(
             f"teacher {name} gives at most the top {info.max_top_k}, the recipe asks for {top_k}; lower teacher.top_k "
-            "or evaluation.top_k, or start the teacher with a larger --max-top-k"
+            f"or evaluation.top_k, or start the teacher with a larger {option}"
+        )
+    if recipe.objective.num_top_ids > 0 and not info.gives_extra_ids:
+        raise TeacherMismatch(
+            f"objective: the student's {recipe.objective.num_top_ids} most likely ids are to be scored, and teacher "
+            f"{name} {WITHOUT_EXTRA_IDS}"
         )
     if recipe.objective.num_top_ids > student.vocab_size:
         raise RecipeError(

@@ -47,6 +47,8 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """Answers that wait in the generator for a place."""
     teacher_concurrency: int
     """Rollouts at the teacher at a time."""
+    most_top_k: int | None = None
+    """Largest top_k that the teacher gives, where that is less than the recipe wants."""
     weights_lock: asyncio.Lock
     """Held while weights are read to travel, and while the optimizer changes them."""
     push_weights: Callable[[], Awaitable[None]]

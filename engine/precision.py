@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.recipe import Autocast, ComputeDtype, Dtype
+from engine.recipe_fields import Autocast, ComputeDtype, Dtype
 
 DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,

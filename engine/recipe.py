@@ -136,15 +136,13 @@ class SamplerConfig(Section, frozen=True, kw_only=True):
             )
 
 
-class HttpTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="http"):
-    """One or more replicas of the teacher service (``python -m teacher``)."""
+class RemoteTeacher(Section, frozen=True, kw_only=True):
+    """One or more replicas of a teacher, as one: what ``HttpTeacher`` and ``VllmTeacher`` have in common."""
 
     urls: Annotated[tuple[str, ...], Meta(min_length=1)]
     token_file: str | None = None
     """A file whose first line is the bearer token."""
     top_k: Positive = 64
-    values: Literal["float16", "float32"] = "float16"
-    """Log-probabilities on the wire; float16 is off by at most 2⁻¹¹ of the value (docs/protocol.md)."""
     max_in_flight: Positive = 32
     """Requests at each replica at a time."""
     deadline_s: PositiveFloat = 120.0
@@ -157,6 +155,36 @@ class HttpTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="htt
     breaker_failures: Positive = 3
     """Failures in a row that take a replica out until a health probe succeeds."""
     probe_every_s: PositiveFloat = 1.0
+    self_test_bound: PositiveFloat | None = 0.5
+    """Before its first request, and whenever it was away, a replica is asked about one fixed text, twice. By how much,
+    in nats, log-probabilities of likely tokens may differ between the two answers, and from the first replica's; None:
+    nobody is tested. In bfloat16 SmolLM2-135M is 0.2 from itself in float32; a pruned copy of it is 3.5 away."""
+    on_disagreement: Literal["warn", "refuse"] = "warn"
+    """Of a self-test: say so and use the replica, or leave it out."""
+
+
+class HttpTeacher(RemoteTeacher, frozen=True, kw_only=True, tag_field="kind", tag="http"):
+    """The teacher service (``python -m teacher``)."""
+
+    values: Literal["float16", "float32"] = "float16"
+    """Log-probabilities on the wire; float16 is off by at most 2⁻¹¹ of the value (docs/protocol.md)."""
+
+
+class VllmTeacher(RemoteTeacher, frozen=True, kw_only=True, tag_field="kind", tag="vllm_http"):
+    """A stock ``vllm serve`` (docs/protocol.md says what it costs)."""
+
+    max_in_flight: Positive = 8
+    """Requests at each replica at a time: an answer of 2,048 tokens at top 64 is 10 MB of JSON."""
+    served_name: str | None = None
+    """The model's name there; None: the first that the server lists."""
+    model: str | None = None
+    """A folder with config and tokenizer of the teacher's model, to hold against what the server shows of its tokens;
+    where it shows none (``/tokenize``), the folder is believed. None: the student's are held against it."""
+    on_top_k_cap: Literal["lower", "refuse"] = "refuse"
+    """The server gives fewer than ``top_k`` (vLLM's own --max-logprobs is 20, as many providers' limit is): train on
+    as many as it gives, which is said, or do not begin."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the folder ``model``."""
 
 
 class LocalTeacher(Section, frozen=True, kw_only=True, tag_field="kind", tag="local"):
@@ -410,7 +438,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+$")]
     steps: Positive
     student: StudentConfig
-    teacher: HttpTeacher | LocalTeacher
+    teacher: HttpTeacher | VllmTeacher | LocalTeacher
     data: DataConfig
     seed: int = 0
     max_staleness: Staleness = 1
@@ -436,6 +464,11 @@ class Recipe(Section, frozen=True, kw_only=True):
                 f"deterministic=true needs max_staleness=0, got {self.max_staleness}: with rollouts under way "
                 "while the weights change, what is sampled depends on timing; set max_staleness=0 or "
                 "deterministic=false"
+            )
+        if self.deterministic and isinstance(self.teacher, VllmTeacher):
+            raise RecipeError(
+                "deterministic=true needs a teacher that scores each answer alone, and a stock vLLM server cannot; use "
+                "HttpTeacher or LocalTeacher, or set deterministic=false"
             )
         slots = (self.max_staleness + 1) * self.rollouts_per_step
         if self.sampler.min_wave > slots:

@@ -40,7 +40,7 @@ class Coarse:
     log_p: Tensor
     """[B, N+1]: the teacher, summing to 1 with the tail."""
     raw_log_p: Tensor
-    """[B, N]: the teacher as given (at temperature 1), not scaled."""
+    """[B, N]: the teacher as given, not scaled to sum to 1; at another temperature than 1, of ``log_p``."""
 
 
 def student(support_logits: Tensor, tail_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,8 @@ def student(support_logits: Tensor, tail_lse: Tensor) -> tuple[Tensor, Tensor]:
     return log_softmax(u), u.logsumexp(dim=1)
 
 
-def coarsen(log_q: Tensor, teacher_logprobs: Tensor, *, temperature: float = 1.0) -> Coarse:
-    """The teacher on the student's categories.
+def coarsen(log_q: Tensor, teacher_logprobs: Tensor) -> Coarse:
+    """The teacher on the student's categories, at temperature 1.
 
     Args:
         log_q: [B, N+1] float64.
@@ -65,10 +65,14 @@ def coarsen(log_q: Tensor, teacher_logprobs: Tensor, *, temperature: float = 1.0
     mass = raw_log_p.exp().sum(dim=1, keepdim=True)
     tail_p = (1.0 - mass).clamp_(min=0.0).masked_fill_(log_q[:, -1:] == -torch.inf, 0.0)
     log_p = torch.cat((raw_log_p, tail_p.log()), dim=1) - finite((mass + tail_p).log())
-    if temperature != 1.0:
-        log_p, log_q = log_softmax(log_p / temperature), log_softmax(log_q / temperature)
-        raw_log_p = log_p[:, :-1]
     return Coarse(log_q=log_q, log_p=log_p, raw_log_p=raw_log_p)
+
+
+def at_temperature(view: Coarse, temperature: float) -> Coarse:
+    if temperature == 1.0:
+        return view
+    log_p = log_softmax(view.log_p / temperature)
+    return Coarse(log_q=log_softmax(view.log_q / temperature), log_p=log_p, raw_log_p=log_p[:, :-1])
 
 
 def merge(log_q: Tensor, keep: Tensor | int) -> Tensor:

@@ -18,4 +18,4 @@ def count_larger(numbers: Tensor, bounds: Tensor) -> Tensor:
         if native is not None:
             return native.count_larger(numbers, bounds)
     ascending = numbers.sort(dim=1).values
-    return ascending.shape[1] - torch.searchsorted(ascending, bounds, right=True)
+    return ascending.shape[1] - torch.searchsorted(ascending, bounds.contiguous(), right=True)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ops.dense import Dense
+from ops.formulas import has_formula
 from ops.native_rows import native_rows
+from ops.native_solve import native_solver
 from ops.objectives import Objective
 from ops.rows import Reduced, RowKernel
 from ops.scores import Support, TeacherScores, support_of
@@ -19,9 +21,10 @@ from ops.shards import Shard
 from ops.solve import Conditions
 from ops.solved import Problem, Solution
 from ops.torch_rows import TorchRows
+from ops.torch_solve import solve_by_torch
 
-Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions], Solution]
-"""From what a kernel has reduced logits [B, W] to."""
+Solver: TypeAlias = Callable[[Objective, Reduced, Tensor, Support, Conditions, Shard], Solution]
+"""From what a kernel has reduced this rank's logits [B, W] to; ``ops.torch_solve`` is the one that all others equal."""
 
 
 def kernel_for(device: torch.device) -> RowKernel:
@@ -36,22 +39,27 @@ def kernel_for(device: torch.device) -> RowKernel:
 
 
 def support_for(scores: TeacherScores, *, vocab_size: int) -> Support:
-    """``ops.scores.support_of``, in few launches where launches count."""
+    """``ops.scores.support_of``, in few launches and passes where these count."""
     if has_triton(scores.top_ids.device):
         from ops.triton_solve import support_by_triton
 
         return support_by_triton(scores, vocab_size=vocab_size)
+    native = native_solver() if scores.top_ids.device.type == "cpu" else None
+    if native is not None:
+        return native.support(scores, vocab_size=vocab_size)
     return support_of(scores, vocab_size=vocab_size)
 
 
-def solver_for(objective: Objective, shard: Shard, device: torch.device) -> Solver | None:
-    """Who solves the objective in one launch; None: nobody, use the shared algebra."""
-    if shard.group is None and has_triton(device):
-        from ops.triton_objectives import has_formula
+def solver_for(objective: Objective, shard: Shard, logits: Tensor) -> Solver:
+    """Who solves the objective in one pass; or the algebra in plain torch, which can do all."""
+    if not has_formula(objective):
+        return solve_by_torch
+    if shard.group is None and logits.dtype != torch.float64 and has_triton(logits.device):
         from ops.triton_solve import solve_by_triton
 
-        return solve_by_triton if has_formula(objective) else None
-    return None
+        return solve_by_triton
+    native = native_solver() if logits.device.type == "cpu" else None
+    return solve_by_torch if native is None else native
 
 
 def dense_for(
@@ -64,12 +72,11 @@ def dense_for(
     block_rows: int,
 ) -> Problem:
     """The problem that a teacher's logits pose, [T, W] of this rank."""
-    if shard.group is None and student_dtype != torch.float64 != teacher.dtype and has_triton(teacher.device):
+    is_wide = torch.float64 in (student_dtype, teacher.dtype)
+    if shard.group is None and not is_wide and has_formula(objective) and has_triton(teacher.device):
         from ops.triton_dense import TritonDense
-        from ops.triton_objectives import has_formula
 
-        if has_formula(objective):
-            return TritonDense(objective, teacher, shard, conditions)
+        return TritonDense(objective, teacher, shard, conditions)
     return Dense(objective, teacher, shard, conditions, block_rows=block_rows)
 
 

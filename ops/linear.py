@@ -43,6 +43,9 @@ def linear_divergence(
 ) -> Divergence:
     """``divergence`` of the logits ``hidden @ head_weight.T + bias``, which are never whole.
 
+    With dz [T, V] the gradient of ``divergence``: dh = dz W, dW = dzᵀ h and db = Σ_T dz, by blocks. To compute them
+    along with the values is an idea of Liger's (Hsu et al., arXiv 2410.10989).
+
     Values and gradients of all inputs are computed in the forward pass, for a gradient of 1 on each value (the trainer
     sums; weights of single tokens belong into ``token_weights``). The backward pass returns them as they are, scales
     them when all values get one gradient, and computes the blocks of the head's gradient again when rows get different
@@ -264,7 +267,7 @@ class Head:
 
 def _default_block_rows(hidden: Tensor, num_columns: int | None) -> int:
     if not hidden.is_cuda:
-        # Products of fewer than 64 rows are slow, of more than 256 no faster, of multiples of 16 fastest.
+        # Products of fewer than 64 rows are slow, of more than 256 no faster, of multiples of 8 fastest.
         return min(256, max(64, len(hidden) // 72 * 16))
     if num_columns is None:
         return 2048

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ops.coarse import coarsen, entropy, finite, merge, student
 from ops.kernels import kernel_for, solver_for, support_for
 from ops.objectives import Objective
-from ops.rows import Reduced, RowKernel, no_columns
+from ops.rows import RowKernel, no_columns
 from ops.scores import Support, TeacherScores, check_ids
-from ops.shards import Shard, Whole, combine
-from ops.solve import Conditions, solve, wants_student_ids
-from ops.solved import Problem, Solution, Solved, working_dtype
+from ops.shards import Shard
+from ops.solve import Conditions, wants_student_ids
+from ops.solved import Problem, Solved, working_dtype
 
 
 class Listed(Problem):
@@ -25,7 +24,6 @@ class Listed(Problem):
         self._objective, self._shard, self._conditions = objective, shard, conditions
         self._support = support_for(scores, vocab_size=shard.vocab_size)
         self._kernel = kernel_for(scores.top_ids.device)
-        self._solver = solver_for(objective, shard, scores.top_ids.device)
         self._num_student = wants_student_ids(objective)
         self._extra_logprobs = scores.extra_logprobs
         if self._num_student and scores.extra_ids is not None:
@@ -45,11 +43,8 @@ class Listed(Problem):
             reduced = kernel.reduce(logits, local_ids, num_columns=shard.num_columns, k=support.num_top)
         else:
             reduced = no_columns(local_ids, k=support.num_top, dtype=working_dtype(logits))
-        conditions = self._conditions.rows(start, end)
-        if self._solver is not None and logits.dtype != torch.float64:
-            solution = self._solver(self._objective, reduced, logits, support, conditions)
-        else:
-            solution = self._solve_reduced(reduced, logits, support, local_ids, conditions)
+        solve = solver_for(self._objective, shard, logits)
+        solution = solve(self._objective, reduced, logits, support, self._conditions.rows(start, end), shard)
         return Rows(
             values=solution.values,
             metrics=solution.metrics,
@@ -59,21 +54,6 @@ class Listed(Problem):
             tail_shift=solution.tail_shift,
             tail_scale=solution.tail_scale,
             support_gradient=solution.support_gradient,
-        )
-
-    def _solve_reduced(
-        self, reduced: Reduced, logits: Tensor, support: Support, local_ids: Tensor, conditions: Conditions
-    ) -> Solution:
-        sampled_logits = _column(logits, self._shard.local(support.sampled_ids))
-        whole = combine(self._shard, reduced, support.ids, local_ids, sampled_logits)
-        log_q, lse = student(whole.support_logits, whole.tail_lse)
-        values, gradient = solve(self._objective, log_q, support, conditions)
-        return Solution(
-            values=values,
-            metrics=_metrics(whole, log_q, lse, support),
-            tail_shift=whole.tail_shift,
-            tail_scale=gradient[:, -1] / whole.tail_sum.masked_fill(whole.tail_sum == 0.0, 1.0),
-            support_gradient=gradient[:, :-1],
         )
 
     def _with_student_ids(self, support: Support, logits: Tensor, start: int, end: int) -> Support:
@@ -120,27 +100,3 @@ class Rows(Solved):
             tail_scale=tail_scale.to(dtype),
             support_gradient=support_gradient.to(dtype),
         )
-
-
-def _column(logits: Tensor, columns: Tensor) -> Tensor:
-    """[B] logits at [B] columns; 0 at −1."""
-    if logits.shape[1] == 0:
-        return logits.new_zeros(len(columns))
-    return logits.gather(1, columns.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(columns < 0, 0.0)
-
-
-def _metrics(whole: Whole, log_q: Tensor, lse: Tensor, support: Support) -> dict[str, Tensor]:
-    num_top, base = support.num_top, support.num_base
-    top_logprobs, is_top = support.logprobs[:, :num_top], support.ids[:, :num_top] >= 0
-    view = coarsen(merge(log_q, base), support.logprobs[:, :base])
-    num_named = is_top.sum(dim=1)
-    # A listed id is among the student's n largest when fewer than n logits are larger.
-    is_shared = is_top & (whole.num_larger[:, :num_top] < num_named.unsqueeze(1))
-    return {
-        "teacher_mass": top_logprobs.exp().sum(dim=1),
-        "student_mass": log_q[:, :num_top].exp().sum(dim=1),
-        "topk_overlap": is_shared.sum(dim=1).double() / num_named.clamp(min=1),
-        "teacher_entropy": entropy(view.log_p),
-        "student_entropy": entropy(view.log_q),
-        "student_logprob": torch.where(support.sampled_ids >= 0, whole.sampled_logits - finite(lse), 0.0),
-    }

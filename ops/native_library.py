@@ -1,6 +1,6 @@
-"""``native_rows.c`` as a library of this machine: compiled at first use and kept for the next process.
+"""The C sources here as a library of this machine: compiled at first use and kept for the next process.
 
-It is built for the processor that it runs on, so the file's name has that processor in it, as well as source, compiler
+It is built for the processor that it runs on, so the file's name has that processor in it, as well as sources, compiler
 and options. It is written aside and then given its name: whoever finds it finds it whole, and who builds it at the same
 time only works in vain. Whether it computes what it should is asked by who loads it.
 """
@@ -8,7 +8,9 @@ time only works in vain. Whether it computes what it should is asked by who load
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -17,7 +19,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("native_rows.c")
+SWITCH = "SLIPSTREAM_NATIVE"
+"""Environment variable: 0 leaves the work to torch."""
+
+_log = logging.getLogger(__name__)
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_rows.c", "native_solve.c"))
 _OPTIONS = (
     "-std=gnu11",
     "-O3",
@@ -38,6 +44,18 @@ _PATIENCE_S = 60.0
 
 class NoLibrary(Exception):
     """And why: no compiler, an error of the compiler, no folder to write to."""
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """One for the process; or None where it is switched off or cannot be had, and the log says why, once."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return load_library()
+    except NoLibrary as missing:
+        _log.warning("losses on CPU run in plain torch, at a third of the speed or less: %s", missing)
+        return None
 
 
 def load_library() -> ctypes.CDLL:
@@ -63,9 +81,9 @@ def _compiler() -> list[str]:
 
 
 def _path(compile_command: list[str]) -> Path:
-    parts = (_SOURCE.read_text(), *compile_command, platform.machine(), _processor())
+    parts = (*(source.read_text() for source in _SOURCES), *compile_command, platform.machine(), _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    return _cache() / f"native_rows-{name}.so"
+    return _cache() / f"native-{name}.so"
 
 
 def _cache() -> Path:
@@ -90,7 +108,7 @@ def _processor() -> str:
 def _build(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         aside = Path(folder) / path.name
-        command = [*_compiler(), str(_SOURCE), "-o", str(aside), "-lm"]
+        command = [*_compiler(), *map(str, _SOURCES), "-o", str(aside), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired as error:

@@ -17,8 +17,15 @@
 /* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
 enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
 
+/* Floats of a vector, of the longest that there is, and lanes that sums are kept in. */
+enum { VECTOR = 16, SUMS = 2 * VECTOR };
+
 /* Bytes: what a cache takes together, more than it keeps, and how far in front of its reading memory is asked. */
 enum { LINE = 64, FAR = 1 << 23, AHEAD = 8192 };
+
+/* How far the largest logit may be above what is taken off all before exp: exp of it, times a segment, is far from what a
+ * float holds. */
+enum { REACH = 40 };
 
 typedef union {
     float f;
@@ -114,6 +121,25 @@ static float threshold(const float *x, int64_t n, int64_t k, int64_t slack) {
     return from_key((int32_t)low);
 }
 
+/* Indices of what is above t among n numbers, a multiple of VECTOR; `above` has room for a vector more than are found. */
+static int64_t list_above(const float *x, int64_t n, float t, int32_t *above) {
+    int64_t found = 0;
+#ifdef __AVX512F__
+    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t i = 0; i < n; i += VECTOR, at = _mm512_add_epi32(at, _mm512_set1_epi32(VECTOR))) {
+        __mmask16 is_above = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i), _mm512_set1_ps(t), _CMP_GT_OQ);
+        _mm512_storeu_si512(above + found, _mm512_maskz_compress_epi32(is_above, at));
+        found += __builtin_popcount(is_above);
+    }
+#else
+    for (int64_t i = 0; i < n; i++) {
+        above[found] = (int32_t)i;
+        found += x[i] > t;
+    }
+#endif
+    return found;
+}
+
 /* Indices of what is above t among `depth` numbers, 64 apart, behind each of `starts`. Without branches: they would be
  * guessed wrong. `above` has room for one more than are found. */
 static int64_t find_above(const float *x, const int32_t *starts, int64_t num_starts, int64_t depth, float t,
@@ -142,11 +168,8 @@ static int64_t find_classes(const float *maxima, int64_t blocks, int64_t k, floa
         }
     }
     float t = threshold(coarse, blocks * LANES, k, k / 8);
-    int64_t found = 0;
-    for (int32_t c = 0; c < blocks * LANES; c++) {
-        first[found] = c / LANES * BLOCK_CLASSES + c % LANES;
-        found += coarse[c] > t;
-    }
+    int64_t found = list_above(coarse, blocks * LANES, t, first);
+    for (int64_t c = 0; c < found; c++) first[c] = first[c] / LANES * BLOCK_CLASSES + first[c] % LANES;
     found = find_above(maxima, first, found, FOLD, t, second);
     for (int64_t c = 0; c < found; c++) second[c] = second[c] / LANES * SEGMENT + second[c] % LANES;
     *least = t;
@@ -172,10 +195,10 @@ static void keep_largest(float *room, int64_t found, int64_t k, float t, float *
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-/* For a row: maxima of its classes and of its blocks' classes, two lists of classes and one of columns (written one place
- * further than they are read), the first id of each segment and the next one of each id, a byte for each column. */
+/* For a row: maxima of its classes and of its blocks' classes, two lists of classes and one of columns (written up to a
+ * vector further than they are read), the first id of each segment and the next one of each id, a byte for each column. */
 int64_t reduce_scratch_floats(int64_t columns, int64_t num_ids) {
-    return blocks_of(columns) * (3 * BLOCK_CLASSES + LANES + BLOCK + FOLD + BLOCK / 4) + 3 + num_ids;
+    return blocks_of(columns) * (3 * BLOCK_CLASSES + LANES + BLOCK + FOLD + BLOCK / 4) + 2 + VECTOR + num_ids;
 }
 
 /* Of expand: the first id of each segment, and the next one of each id. */
@@ -191,20 +214,6 @@ static void list_ids(const int64_t *ids, int64_t num_ids, int64_t segments, int3
         }
 }
 
-static void largest_by_class(const float *z, float *maxima) {
-#pragma omp simd
-    for (int64_t l = 0; l < LANES; l++) {
-        float most = z[l];
-        for (int64_t i = 1; i < DEPTH; i++) most = z[l + LANES * i] > most ? z[l + LANES * i] : most;
-        maxima[l] = most;
-    }
-}
-
-/* A hint, also where there is nothing. */
-static inline void bring(const char *from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 3);
-}
-
 static float largest_of(const float *x, int64_t n) {
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
@@ -212,20 +221,49 @@ static float largest_of(const float *x, int64_t n) {
     return most;
 }
 
-/* Of a segment. */
-static double sum_exponentials(const float *x, float shift) {
-    float even = 0.0f, odd = 0.0f;
-#pragma omp simd reduction(+ : even, odd)
-    for (int64_t j = 0; j < SEGMENT / 2; j++) {
-        even += exponential(x[j] - shift);
-        odd += exponential(x[j + SEGMENT / 2] - shift);
+/* Of a segment, and the largest of them. */
+static float largest_by_class(const float *z, float *maxima) {
+#pragma omp simd
+    for (int64_t l = 0; l < LANES; l++) {
+        float most = z[l];
+        for (int64_t i = 1; i < DEPTH; i++) most = z[l + LANES * i] > most ? z[l + LANES * i] : most;
+        maxima[l] = most;
     }
-    return (double)even + (double)odd;
+    return largest_of(maxima, LANES);
 }
 
-/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. A segment is brought to float32,
- * and columns of the support to -inf, each time that it is needed: the second level of cache is for rows as they are, this
- * one and the next, which memory brings while exponentials are computed. */
+/* To the second level: the first has room for few lines that are on their way. A hint, also where there is nothing. */
+static inline void bring(const char *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(from + at, 0, 2);
+}
+
+/* Of a segment, in place; their sums by lane are added to `totals`. To add up the lanes of one vector, which compilers do in
+ * order, would cost a seventh of all this; so it is done once in a row. */
+static void add_exponentials(float *x, float shift, double *totals) {
+#pragma omp simd
+    for (int64_t j = 0; j < SEGMENT; j++) x[j] = exponential(x[j] - shift);
+#pragma omp simd
+    for (int64_t l = 0; l < SUMS; l++) {
+        float sum = x[l];
+        for (int64_t i = 1; i < SEGMENT / SUMS; i++) sum += x[l + SUMS * i];
+        totals[l] += sum;
+    }
+}
+
+static void scale(double *totals, double factor) {
+#pragma omp simd
+    for (int64_t l = 0; l < SUMS; l++) totals[l] *= factor;
+}
+
+static double sum_lanes(const double *totals) {
+    double total = 0.0;
+    for (int64_t l = 0; l < SUMS; l++) total += totals[l];
+    return total;
+}
+
+/* Of rows of `columns` logits, `stride` apart: Reduced of ops/rows.py. ids: [rows, num_ids]. In one pass: what is taken off
+ * before exp is the largest so far, or REACH less, and what has been summed is brought to the next one. Memory brings what
+ * lies ahead while exponentials are computed. */
 #define REDUCE(NAME, TYPE, FROM)                                                                                       \
     static void NAME##_segment(float *part, const TYPE *from, int64_t columns, int64_t start, const int64_t *ids,      \
                                int32_t first, const int32_t *next) {                                                   \
@@ -240,7 +278,7 @@ static double sum_exponentials(const float *x, float shift) {
         int64_t blocks = blocks_of(columns), segments = (columns + SEGMENT - 1) / SEGMENT;                             \
         int64_t classes = blocks * BLOCK_CLASSES;                                                                      \
         float part[SEGMENT], *maxima = scratch, *coarse = maxima + classes, *room = coarse + blocks * LANES;           \
-        int32_t *first = (int32_t *)(room + blocks * BLOCK + 1), *second = first + classes + 1;                        \
+        int32_t *first = (int32_t *)(room + blocks * BLOCK + 1), *second = first + classes + VECTOR;                   \
         int32_t *head = second + classes + 1, *next = head + blocks * FOLD;                                            \
         uint8_t *is_out = (uint8_t *)(next + num_ids);                                                                 \
         for (int64_t i = segments * LANES; i < classes; i++) maxima[i] = -INFINITY;                                    \
@@ -249,17 +287,24 @@ static double sum_exponentials(const float *x, float shift) {
             const TYPE *from = logits + row * stride;                                                                  \
             const int64_t *mine = ids + row * num_ids;                                                                 \
             list_ids(mine, num_ids, segments, head, next);                                                             \
+            float shift = -INFINITY;                                                                                   \
+            double totals[SUMS] = {0.0};                                                                               \
             for (int64_t s = 0; s < segments; s++) {                                                                   \
+                const char *ahead = (const char *)(from + s * SEGMENT) + AHEAD;                                        \
+                int64_t half = SEGMENT / 2 * (int64_t)sizeof(TYPE);                                                    \
+                bring(ahead, half);                                                                                    \
                 NAME##_segment(part, from, columns, s * SEGMENT, mine, head[s], next);                                 \
-                largest_by_class(part, maxima + s * LANES);                                                            \
+                float high = largest_by_class(part, maxima + s * LANES);                                               \
+                bring(ahead + half, half);                                                                             \
+                if (high > shift + (shift == -INFINITY ? 0 : REACH)) {                                                 \
+                    scale(totals, exp((double)shift - (double)high));                                                  \
+                    shift = high;                                                                                      \
+                }                                                                                                      \
+                add_exponentials(part, shift == -INFINITY ? 0.0f : shift, totals);                                     \
             }                                                                                                          \
-            float most = largest_of(maxima, classes), shift = most == -INFINITY ? 0.0f : most;                         \
-            double total = 0.0;                                                                                        \
-            for (int64_t s = 0; s < segments; s++) {                                                                   \
-                if (row + 1 < rows) bring((const char *)(from + stride + s * SEGMENT), SEGMENT * sizeof(TYPE));        \
-                NAME##_segment(part, from, columns, s * SEGMENT, mine, head[s], next);                                 \
-                total += sum_exponentials(part, shift);                                                                \
-            }                                                                                                          \
+            double total = sum_lanes(totals);                                                                          \
+            float most = largest_of(maxima, classes);                                                                  \
+            if (most > shift) total *= exp((double)shift - (double)most);                                              \
             tail_sum[row] = (float)total;                                                                              \
             tail_max[row] = total != total ? NAN : most;                                                               \
             for (int64_t c = 0; c < num_ids; c++)                                                                      \

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from ops.native_library import NoLibrary, load_library
+from ops.native_library import native_library
 from ops.rows import Reduced
+from ops.threads import on_threads
 from ops.torch_rows import TorchRows
-
-SWITCH = "SLIPSTREAM_NATIVE"
-"""Environment variable: 0 leaves the work to torch."""
 
 _log = logging.getLogger(__name__)
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_PART = 1 << 20
-"""Logits for which another thread is worth its start: half a millisecond's work."""
+_PER_MS = 2e6
+"""Logits that a thread gets done in a millisecond."""
 
 
 class NativeRows:
@@ -56,7 +51,7 @@ class NativeRows:
                 scratch.data_ptr(),
             )  # fmt: skip
 
-        _on_threads(work, num_rows, num_columns)
+        on_threads(work, num_rows, num_rows * num_columns / _PER_MS)
         return Reduced(support_logits=support_logits, tail_max=tail_max, tail_sum=tail_sum, largest=largest)
 
     def expand(
@@ -95,7 +90,7 @@ class NativeRows:
                 scratch.data_ptr(),
             )  # fmt: skip
 
-        _on_threads(work, num_rows, num_columns)
+        on_threads(work, num_rows, num_rows * num_columns / _PER_MS)
 
     def count_larger(self, numbers: Tensor, bounds: Tensor) -> Tensor:
         """As ``ops.counting.count_larger``, of float32: every one with every one, which for few beats sorting."""
@@ -113,13 +108,9 @@ class NativeRows:
 
 @functools.cache
 def native_rows() -> NativeRows | None:
-    """The kernel; or None where it is switched off, cannot be built or is wrong about a probe, and the log says why."""
-    if os.environ.get(SWITCH) == "0":
-        return None
-    try:
-        library = load_library()
-    except NoLibrary as missing:
-        _log.warning("losses on CPU run in plain torch, at a third of the speed or less: %s", missing)
+    """The kernel; or None where there is no library or it is wrong about a probe, and the log says why."""
+    library = native_library()
+    if library is None:
         return None
     _declare(library)
     kernel = NativeRows(library)
@@ -176,17 +167,3 @@ def _agrees(kernel: NativeRows, dtype: torch.dtype) -> bool:
 
 def _at(tensor: Tensor, row: int) -> int:
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
-
-
-def _on_threads(work: Callable[[int, int], None], num_rows: int, num_columns: int) -> None:
-    """``work(start, end)`` for all rows."""
-    num_parts = min(torch.get_num_threads(), num_rows, 1 + num_rows * num_columns // _PART)
-    if num_parts < 2:
-        work(0, num_rows)
-        return
-    ends = [num_rows * i // num_parts for i in range(num_parts + 1)]
-    with ThreadPoolExecutor(num_parts - 1) as pool:
-        others = [pool.submit(work, start, end) for start, end in itertools.pairwise(ends[1:])]
-        work(0, ends[1])
-        for other in others:
-            other.result()

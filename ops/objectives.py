@@ -1,7 +1,9 @@
 """Which divergence is minimised, as values. Arithmetic is in ``ops.solve``, the definition in ``ops.reference``.
 
-    P teacher, Q student      S the teacher's top-k and the sampled token      y the sampled token
+    P teacher, Q student      p, q of one category      S the teacher's top-k and the sampled token      y that token
 
+Sums are over the categories that the tail leaves: S and the bucket, or S alone. Gradients on their logits are w − q Σw,
+w the derivative of a sum by log q: the chain rule through the softmax (under "ignore" that of the whole vocabulary).
 docs/objectives.md says when to use which.
 """
 
@@ -24,7 +26,10 @@ Tail = Literal["bucket", "renormalise", "ignore"]
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """KL(P ‖ Q): the student must cover what the teacher does."""
+    """KL(P ‖ Q) = Σ p log(p/q): the student must cover what the teacher does. Hinton et al., arXiv 1503.02531.
+
+    w = −p, so the gradient is q Σp − p.
+    """
 
     tail: Tail = "bucket"
 
@@ -34,7 +39,10 @@ class ForwardKL:
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """KL(Q ‖ P): the student must stay where the teacher is."""
+    """KL(Q ‖ P) = Σ q log(q/p): the student must stay where the teacher is. MiniLLM (Gu et al., arXiv 2306.08543).
+
+    w = q (log(q/p) + 1), so the gradient is q (log(q/p) − KL) where q sums to 1.
+    """
 
     tail: Tail = "bucket"
 
@@ -47,7 +55,7 @@ class JSD:
     """β KL(P ‖ M) + (1 − β) KL(Q ‖ M) with M = β P + (1 − β) Q; bounded by log 2 for β = ½.
 
     β = 0 is ``ForwardKL`` and β = 1 is ``ReverseKL``, as in GKD (Agarwal et al., arXiv 2306.13649) and in TRL. (The
-    formula itself vanishes at both ends; divided by 1 − β or β it has these limits.)
+    formula itself vanishes at both ends; divided by 1 − β or β it has these limits.) w = (1 − β) q log(q/m).
     """
 
     beta: float = 0.5
@@ -64,6 +72,7 @@ class SkewKL:
     """KL(P ‖ α P + (1 − α) Q); reversed, KL(Q ‖ α Q + (1 − α) P). DistiLLM (Ko et al., arXiv 2402.03898).
 
     No log ratio exceeds log 1/α, which tames the gradient where the models hardly overlap. α = 0 is the plain KL.
+    With m what is compared with, w = −(1 − α) p q/m; reversed, w = q log(q/m) + (1 − α) p q/m.
     """
 
     alpha: float = 0.1
@@ -80,8 +89,9 @@ class SkewKL:
 class StudentTopKReverseKL:
     """KL(Q ‖ P) on the student's k most likely ids alone, and one category that holds the rest of both models.
 
-    Sees what the student says where the teacher's list does not reach. The choice of ids carries no gradient: the ids
-    are constants of the step. The teacher's values there come through ``TeacherScores.extra_logprobs``.
+    ``ReverseKL("bucket")`` with these ids in place of S, value and gradient. Sees what the student says where the
+    teacher's list does not reach. The choice of ids carries no gradient: the ids are constants of the step. The
+    teacher's values there come through ``TeacherScores.extra_logprobs``.
     """
 
     k: int
@@ -122,7 +132,10 @@ class SampledReverseKL:
 
 @dataclass(frozen=True, init=False, repr=False)
 class Mixture:
-    """Σ w · objective, in one pass: ``Mixture((0.5, ForwardKL()), (0.5, ReverseKL()))``. No weight is negative."""
+    """Σ w · objective, value and gradient, in one pass: ``Mixture((0.5, ForwardKL()), (0.5, ReverseKL()))``.
+
+    No weight is negative.
+    """
 
     parts: tuple[tuple[float, Objective], ...]
 

@@ -138,8 +138,13 @@ def support_of(scores: TeacherScores, *, vocab_size: int) -> Support:
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     if ids.is_cuda:
         torch._assert_async((ids < vocab_size).all(), f"a token id is not below the vocabulary's {vocab_size}")
-    elif ids.numel() and int(ids.max()) >= vocab_size:
+    elif ids.numel():
+        check_largest_id(int(ids.max()), vocab_size)
+
+
+def check_largest_id(largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
         raise ValueError(
-            f"the scores name token id {int(ids.max())} and the student's vocabulary has {vocab_size}; "
+            f"the scores name token id {largest} and the student's vocabulary has {vocab_size}; "
             "do teacher and student share one tokenizer?"
         )

@@ -4,7 +4,7 @@
 
 Shards follow each other in the order of the group's ranks and may have different widths. What a rank needs of the
 others is the largest logit of the tail (MAX, [T]), the logits of the support and the tail's sum of exponentials (SUM,
-[T, C+2]) and, for the metric of overlap, how many of its logits are larger than each of the support (SUM, [T, C]).
+[T, C+2]) and, for the metric of overlap, how many of its logits are larger than each of the list (SUM, [T, K]).
 The gradient of a rank's shard follows from these, so the backward pass says nothing.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ops.counting import count_larger
 from ops.rows import Reduced
+from ops.scores import Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ class Whole:
     tail_sum: Tensor
     """[T]: Σ exp(z − tail_shift)."""
     num_larger: Tensor
-    """[T, C] int64: logits that are larger than that of the column; k or more of the tail may count as k."""
+    """[T, K] int64: logits that are larger than that of a listed id; k or more of the tail may count as k."""
     sampled_logits: Tensor
     """[T]; meaningless where nothing was sampled."""
 
@@ -83,25 +84,23 @@ class Whole:
         return self.tail_sum.log() + self.tail_shift
 
 
-def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, sampled_logits: Tensor) -> Whole:
+def combine(shard: Shard, reduced: Reduced, logits: Tensor, support: Support) -> Whole:
     """Three all-reduces.
 
     Args:
-        reduced: of this rank's shard.
-        ids: [T, C] of the support; −1: none.
-        local_ids: [T, C] the columns of this rank among them, with which it was reduced.
-        sampled_logits: [T], 0 where another rank holds the token.
+        reduced: of this rank's ``logits`` [T, W] and its columns of ``support``.
     """
+    sampled_logits = _column(logits, shard.local(support.sampled_ids))
     support_logits, local_max, tail_sum = reduced.support_logits.double(), reduced.tail_max.double(), reduced.tail_sum
     tail_max = shard.max(local_max.clone())
     tail_shift = tail_max.masked_fill(tail_max == -torch.inf, 0.0)
     tail_sum = tail_sum.double() * (local_max - tail_shift).exp()
     if shard.group is not None:
         # An id has one owner: the others add 0.
-        support_logits = support_logits.masked_fill(local_ids < 0, 0.0)
+        support_logits = support_logits.masked_fill(shard.local(support.ids) < 0, 0.0)
         sums = torch.cat((support_logits, tail_sum.unsqueeze(1), sampled_logits.double().unsqueeze(1)), dim=1)
         shard.sum(sums)
-        support_logits = sums[:, :-2].masked_fill(ids < 0, -torch.inf)
+        support_logits = sums[:, :-2].masked_fill(support.ids < 0, -torch.inf)
         tail_sum, sampled_logits = sums[:, -2], sums[:, -1]
     # Ids of other ranks are −inf here. Of the tail no more than k count, and whoever needs to know more is not among k.
     numbers = torch.cat((reduced.support_logits, reduced.largest), dim=1)
@@ -109,9 +108,16 @@ def combine(shard: Shard, reduced: Reduced, ids: Tensor, local_ids: Tensor, samp
         support_logits=support_logits,
         tail_shift=tail_shift,
         tail_sum=tail_sum,
-        num_larger=shard.sum(count_larger(numbers, support_logits.to(numbers.dtype))),
+        num_larger=shard.sum(count_larger(numbers, support_logits[:, : support.num_top].to(numbers.dtype))),
         sampled_logits=sampled_logits.double(),
     )
+
+
+def _column(logits: Tensor, columns: Tensor) -> Tensor:
+    """[T] logits at [T] columns; 0 at −1."""
+    if logits.shape[1] == 0:
+        return logits.new_zeros(len(columns))
+    return logits.gather(1, columns.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(columns < 0, 0.0)
 
 
 def find_shard(

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ops.coarse import TAIL_FLOOR, Coarse, coarsen, finite, merge, spread
+from ops.coarse import TAIL_FLOOR, Coarse, at_temperature, coarsen, finite, merge, spread
 from ops.objectives import (
     JSD,
     ForwardKL,
@@ -82,15 +82,17 @@ class Conditions:
         return value, gradient
 
 
-def solve(objective: Objective, log_q: Tensor, support: Support, conditions: Conditions) -> tuple[Tensor, Tensor]:
+def solve(
+    objective: Objective, log_q: Tensor, base: Coarse, support: Support, conditions: Conditions
+) -> tuple[Tensor, Tensor]:
     """Value [B] in nats and gradient [B, C+1] with respect to the coarse logits; the gradient of a row sums to 0.
 
     Args:
         log_q: [B, C+1] the student on the columns of ``support`` and the tail (``ops.coarse.student``).
+        base: both models on the columns of S alone, at temperature 1.
     """
-    base = support.num_base
-    base_log_q = merge(log_q, base)
-    on_base = coarsen(base_log_q, support.logprobs[:, :base], temperature=conditions.temperature)
+    num_base, temperature = support.num_base, conditions.temperature
+    on_base = at_temperature(base, temperature)
     total: tuple[Tensor, Tensor] | None = None
     for weight, leaf in leaves(objective):
         if isinstance(leaf, StudentTopKReverseKL):
@@ -98,23 +100,24 @@ def solve(objective: Objective, log_q: Tensor, support: Support, conditions: Con
             keep = support.student_places < leaf.k
             kept_log_q = merge(log_q, keep)
             logprobs = support.logprobs.masked_fill(~keep, -torch.inf)
-            view = coarsen(kept_log_q, logprobs, temperature=conditions.temperature)
+            view = at_temperature(coarsen(kept_log_q, logprobs), temperature)
             value, gradient = _compare(ReverseKL(), view)
             gradient = spread(gradient, log_q, kept_log_q, keep)
         else:
             if isinstance(leaf, SampledReverseKL):
-                is_sampled = (support.ids[:, :base] == support.sampled_ids.unsqueeze(1)) & (support.ids[:, :base] >= 0)
+                ids = support.ids[:, :num_base]
+                is_sampled = (ids == support.sampled_ids.unsqueeze(1)) & (ids >= 0)
                 value, gradient = _estimate(leaf, on_base, is_sampled, conditions.behaviour_logprobs)
             else:
                 assert not isinstance(leaf, Mixture)
                 value, gradient = _compare(leaf, on_base)
-            gradient = spread(gradient, log_q, base_log_q, base)
+            gradient = spread(gradient, log_q, base.log_q, num_base)
         if weight != 1.0:
             value, gradient = value * weight, gradient * weight
         total = (value, gradient) if total is None else (total[0] + value, total[1] + gradient)
     assert total is not None
     value, gradient = total
-    return conditions.apply(value, gradient if conditions.temperature == 1.0 else gradient / conditions.temperature)
+    return conditions.apply(value, gradient if temperature == 1.0 else gradient / temperature)
 
 
 def wants_student_ids(objective: Objective) -> int:

@@ -6,21 +6,19 @@ operations that takes some thirty [B, V] tensors, 70 to 95 ms of an H100 at 2048
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 import triton
 from torch import Tensor
 
-from ops.coarse import TAIL_FLOOR
+from ops.formulas import formula_of
 from ops.objectives import Objective, Plain
 from ops.shards import Shard
-from ops.solve import Conditions, needs_floor
+from ops.solve import Conditions
 from ops.solved import METRICS, Problem, Solved
 from ops.triton_dense_kernels import NUM_SEQUENCES, NUM_SUMS, dense_gradient, dense_statistics, dense_sums
-from ops.triton_objectives import formula_of
 from ops.triton_rows import num_processors, splits
 
 _CHUNK = 64
@@ -38,8 +36,7 @@ class TritonDense(Problem):
         super().__init__(num_columns=shard.num_columns)
         self._conditions = conditions
         self._teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
-        self._formula = asdict(formula_of(objective))
-        self._formula["LOG_FLOOR"] = math.log(TAIL_FLOOR) if needs_floor(objective) else None
+        self._formula = formula_of(objective).constants()
         self._formula["TEMPERATURE"] = float(conditions.temperature)
 
     def solve(self, logits: Tensor, start: int, end: int) -> TritonDenseRows:

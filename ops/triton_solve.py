@@ -7,23 +7,19 @@ and writing them once. A plain objective of one rank, in the student's float32 o
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ops.coarse import TAIL_FLOOR
-from ops.objectives import Objective, Plain, Tail
+from ops.formulas import formula_of, tail_index
+from ops.objectives import Objective, Plain
 from ops.rows import Reduced
 from ops.scores import Support, TeacherScores
-from ops.solve import Conditions, needs_floor
+from ops.shards import Shard
+from ops.solve import Conditions
 from ops.solved import METRICS, Solution
-from ops.triton_objectives import formula_of
-from ops.triton_solve_kernels import BUCKET, IGNORE, RENORMALISE, make_support, solve_row
-
-_TAILS: dict[Tail, int] = {"bucket": BUCKET.value, "renormalise": RENORMALISE.value, "ignore": IGNORE.value}
+from ops.triton_solve_kernels import make_support, solve_row
 
 
 def support_by_triton(scores: TeacherScores, *, vocab_size: int) -> Support:
@@ -57,15 +53,16 @@ def support_by_triton(scores: TeacherScores, *, vocab_size: int) -> Support:
 
 
 def solve_by_triton(
-    objective: Objective, reduced: Reduced, logits: Tensor, support: Support, conditions: Conditions
+    objective: Objective, reduced: Reduced, logits: Tensor, support: Support, conditions: Conditions, shard: Shard
 ) -> Solution:
-    """What ``ops.listed`` computes from ``reduced``, in its dtype.
+    """What ``ops.torch_solve`` computes, in the dtype of ``reduced``.
 
     Args:
         objective: one that ``has_formula``.
-        reduced: of all columns of ``logits`` [B, W].
+        shard: all columns.
     """
     assert isinstance(objective, get_args(Plain))
+    assert shard.group is None
     num_rows, num_ids = support.ids.shape
     support_gradient = torch.empty_like(reduced.support_logits)
     # The values are a tensor of their own: autograd forbids changing what a function returns as a view.
@@ -94,9 +91,8 @@ def solve_by_triton(
             support_gradient,
             num_rows,
             num_ids,
-            **asdict(formula_of(objective)),
-            TAIL=_TAILS[objective.tail],
-            LOG_FLOOR=math.log(TAIL_FLOOR) if needs_floor(objective) else None,
+            **formula_of(objective).constants(),
+            TAIL=tail_index(objective.tail),
             TEMPERATURE=temperature,
             FACTOR=temperature * temperature if conditions.square_temperature else 1.0,
             CLAMP=None if conditions.clamp is None else float(conditions.clamp),

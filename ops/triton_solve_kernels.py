@@ -12,11 +12,11 @@ be rounded to float32 are compile-time constants: Triton hands over others in 32
 import triton
 import triton.language as tl
 
+from ops.formulas import tail_index
 from ops.triton_terms import finite, log_or_minus_inf, term
 
-BUCKET = tl.constexpr(0)
-RENORMALISE = tl.constexpr(1)
-IGNORE = tl.constexpr(2)
+RENORMALISE = tl.constexpr(tail_index("renormalise"))
+IGNORE = tl.constexpr(tail_index("ignore"))
 
 
 @triton.jit

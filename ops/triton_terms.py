@@ -9,11 +9,13 @@ p, q teacher and student, as logarithms; −inf where a category is absent
 import triton
 import triton.language as tl
 
-FORWARD = tl.constexpr(0)
-REVERSE = tl.constexpr(1)
-MEAN = tl.constexpr(2)
-SKEWED = tl.constexpr(3)
-SKEWED_REVERSE = tl.constexpr(4)
+from ops.formulas import Kind
+
+FORWARD = tl.constexpr(Kind.FORWARD.value)
+REVERSE = tl.constexpr(Kind.REVERSE.value)
+MEAN = tl.constexpr(Kind.MEAN.value)
+SKEWED = tl.constexpr(Kind.SKEWED.value)
+SKEWED_REVERSE = tl.constexpr(Kind.SKEWED_REVERSE.value)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
 """Stands for the logarithm of 0: exp of it is 0, and products with it stay finite in float32."""
@@ -31,7 +33,7 @@ def term(
 ):
     """A category's summand of the value, and of the derivative by log q. Where log q is −inf, so must log p be.
 
-    KIND and SHARE are the objective's (``ops.triton_objectives``), LOG_SHARE and LOG_REST the logarithms of SHARE and
+    KIND and SHARE are the objective's (``ops.formulas``), LOG_SHARE and LOG_REST the logarithms of SHARE and
     1 − SHARE. EXCESS: each summand a·log(a/b) − a + b, which is never negative, instead of a·log(a/b).
     """
     # With −inf out of the way no difference of two logarithms is NaN, and where both are absent it is 0.

@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import structlog
 import uvloop
 
 from engine.errors import UserError
-from engine.recipe import ComputeDtype
+from engine.recipe import value_of
+from engine.recipe_fields import ComputeDtype
 from teacher.batcher import Batcher
 from teacher.protocol import ScoreRequest, Scores, TeacherInfo
 from teacher.server import TeacherServer, check_exposure
@@ -116,6 +117,7 @@ def _torch_backend(options: argparse.Namespace) -> Backend:
         max_top_k=options.max_top_k,
         max_length=options.max_length,
         padded_tokens=options.max_batch_tokens,
+        allow_quantised=options.allow_quantised,
         trust_remote_code=options.trust_remote_code,
     )
 
@@ -135,6 +137,8 @@ def _vllm_backend(options: argparse.Namespace) -> Backend:
         tensor_parallel=options.tensor_parallel,
         kv_cache_bytes=options.kv_cache_bytes,
         memory_share=options.memory_share,
+        allow_quantised=options.allow_quantised,
+        engine_options=dict(options.engine_option),
         trust_remote_code=options.trust_remote_code,
     )
 
@@ -272,6 +276,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor-parallel", type=_positive, default=1, metavar="N", help="vllm: devices that share the model")
     add("--kv-cache-bytes", type=_positive, metavar="N", help="vllm: memory for keys and values; needed on CPU")
     add("--memory-share", type=_share, default=0.9, metavar="X", help="vllm, without the above: of a device, for all")
+    add(
+        "--engine-option",
+        type=_named_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="vllm: one more field of its EngineArgs, as JSON (pipeline_parallel_size=2); may be repeated",
+    )
+    add("--allow-quantised", action="store_true", help="take a checkpoint that says it is quantised")
     add("--trust-remote-code", action="store_true", help="run Python code that lies in the model folder")
     add("--log", default="auto", choices=("auto", "json", "human"), help="style of the lines on stderr")
     return parser
@@ -303,6 +316,13 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value
+
+
+def _named_value(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name.strip(), value_of(value)
 
 
 def _milliseconds(text: str) -> float:

@@ -26,13 +26,13 @@ from transformers.utils.generic import ModelOutput
 from engine.errors import ModelError, NonFiniteError
 from engine.packed_linear import pack_linears
 from engine.precision import compute_dtype
-from engine.recipe import ComputeDtype
+from engine.recipe_fields import ComputeDtype
 from engine.training.packing import PackedBatch, PaddedBatch, pack, packing_obstacle, pad, rope_obstacle, split_padded
 from engine.training.rms_norm import use_own_norms
 from engine.training.tree_attention import NAME as TREE_ATTENTION
 from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
-from teacher.folder import info_of, length_limit, one_line, read_config
+from teacher.folder import info_of, length_limit, one_line, read_config, refuse_quantised
 from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, TeacherInfo
 from teacher.top_k import top_k_by_id
 
@@ -67,6 +67,7 @@ class TorchBackend:
         max_top_k: largest top_k, and number of extra ids per token; None: the vocabulary.
         max_length: prompt and response tokens together; None: the model's own limit.
         padded_tokens: most token positions of one forward pass when the model cannot run packed.
+        allow_quantised: take a checkpoint with a ``quantization_config``.
         trust_remote_code: run Python code that lies in the model's folder.
     """
 
@@ -81,6 +82,7 @@ class TorchBackend:
         max_top_k: int | None = None,
         max_length: int | None = None,
         padded_tokens: int = 2048,
+        allow_quantised: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self._folder = Path(model)
@@ -91,6 +93,7 @@ class TorchBackend:
         self._max_top_k = max_top_k
         self._max_length = max_length
         self._padded_tokens = padded_tokens
+        self._allow_quantised = allow_quantised
         self._trust_remote_code = trust_remote_code
         self._forward_passes = self._computed_tokens = self._head_rows = self._peak_block_rows = 0
         self._device: torch.device
@@ -119,8 +122,8 @@ class TorchBackend:
         """Read model and tokenizer and find the layout.
 
         Raises:
-            ModelError: folder, weights or tokenizer missing or broken, not a causal language model, device not there,
-                or a model whose output layer cannot be applied to chosen rows.
+            ModelError: folder, weights or tokenizer missing or broken, quantised, not a causal language model, device
+                not there, or a model whose output layer cannot be applied to chosen rows.
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
@@ -130,6 +133,7 @@ class TorchBackend:
             raise ModelError(f"device {self._device_name!r} is none that torch knows: {one_line(error)}") from None
         self._dtype = compute_dtype(self._dtype_name, self._device)
         config, tokenizer = read_config(self._folder, trust_remote_code=self._trust_remote_code)
+        refuse_quantised(config, folder=self._folder, is_allowed=self._allow_quantised)
         self._model = self._read_model(config)
         use_own_stream(self._device)
         config = self._model.config

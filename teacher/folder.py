@@ -32,6 +32,24 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
         raise ModelError(f"config or tokenizer in {name!r} cannot be read: {one_line(error)}") from error
 
 
+def refuse_quantised(config: Any, *, folder: Path, is_allowed: bool) -> None:
+    """A teacher is what the student is to become: the loss of a quantised one is learnt as well.
+
+    Raises:
+        ModelError: the checkpoint is quantised, and that was not said to be meant.
+    """
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None or is_allowed:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ModelError(
+        f"the model in {str(folder)!r} is quantised ({method or 'by an unnamed method'}), and so would be what the "
+        "student learns; use the original weights, or say that it is meant: python -m teacher --allow-quantised"
+    )
+
+
 def length_limit(config: Any, wanted: int | None, *, folder: Path) -> int:
     """Tokens of prompt and response together: ``wanted``, or the model's own limit.
 

@@ -13,11 +13,12 @@ from typing import Protocol, TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from engine.clock import Clock
-from engine.errors import TeacherRefused, TeacherUnavailable
-from engine.recipe import HttpTeacher
+from engine.errors import TeacherMismatch, TeacherOverloaded, TeacherRefused, TeacherUnavailable
+from engine.recipe import RemoteTeacher
 from teacher.places import Places
 from teacher.protocol import Teacher, TeacherInfo
-from teacher.replica import Happening, Replica, difference
+from teacher.replica import MISCONFIGURED, Happening, Replica, difference
+from teacher.self_test import Disagreement, SelfTest
 from teacher.waits import Interrupted, Scope, Tasks
 
 ResultT = TypeVar("ResultT")
@@ -55,7 +56,7 @@ class Health:
         replicas: Sequence[Replica],
         clients: Mapping[str, ReplicaClient],
         places: Places,
-        config: HttpTeacher,
+        config: RemoteTeacher,
         clock: Clock,
         rng: random.Random,
         tasks: Tasks,
@@ -73,6 +74,8 @@ class Health:
         self._log = logger
         self.known: TeacherInfo | None = None
         """What the first replica said of itself: what all must be."""
+        bound = config.self_test_bound
+        self._self_test = None if bound is None else SelfTest(bound=bound)
         self._probing: set[Replica] = set()
         self._resting: set[Replica] = set()
         self._parked_since: float | None = None
@@ -144,7 +147,7 @@ class Health:
         self._parked_s += parked_s
         return parked_s
 
-    async def look_at(self, replica: Replica) -> TeacherInfo | TeacherUnavailable | TeacherRefused:
+    async def look_at(self, replica: Replica) -> TeacherInfo | TeacherUnavailable | TeacherRefused | TeacherMismatch:
         """What a replica that is ready says of itself, or why there is no such thing."""
 
         async def look() -> TeacherInfo:
@@ -157,7 +160,7 @@ class Health:
             return await self._within(min(PROBE_DEADLINE_S, self._config.deadline_s), look())
         except Interrupted:
             return TeacherUnavailable(f"{replica.name} does not answer a health probe")
-        except (TeacherUnavailable, TeacherRefused) as error:
+        except (TeacherUnavailable, TeacherRefused, TeacherMismatch) as error:
             return error
 
     def _note(
@@ -203,12 +206,54 @@ class Health:
 
     async def _probe(self, replica: Replica) -> tuple[Happening, str]:
         info = await self.look_at(replica)
+        if isinstance(info, TeacherMismatch):
+            return "mismatch", str(info)
         if not isinstance(info, TeacherInfo):
             return "probe_failed", str(info)
         if self.known is None:
             self.known = info
         why = difference(self.known, info)
-        return ("probe_ok", "ready") if why is None else ("mismatch", why)
+        if why is not None:
+            return "mismatch", why
+        if self._self_test is None:
+            return "probe_ok", "ready"
+        return await self._tested(replica, info, self._self_test)
+
+    async def _tested(self, replica: Replica, info: TeacherInfo, self_test: SelfTest) -> tuple[Happening, str]:
+        """What a self-test makes of a replica that is ready. It computes, so it has a request's time."""
+        deadline_s = self._config.deadline_s
+
+        async def test() -> Disagreement | None:
+            while True:
+                try:
+                    return await self_test.examine(replica.name, self._clients[replica.name], info)
+                except TeacherOverloaded as overload:  # by others: it is well
+                    rest_s = min(max(0.0, overload.retry_after_s), MAX_REST_S)
+                await self._clock.sleep(rest_s + self._rng.uniform(0.0, self._config.backoff_s))
+
+        try:
+            disagreement = await self._within(deadline_s, test())
+        except Interrupted:
+            return "probe_failed", f"{replica.name} does not answer a self-test within {deadline_s:g} s"
+        except TeacherRefused as refusal:
+            if refusal.status in MISCONFIGURED:
+                self.misconfigured(replica, replica.era, refusal)
+            return "probe_failed", f"self-test: {refusal}"
+        except TeacherUnavailable as error:
+            return "probe_failed", f"self-test: {error}"
+        if disagreement is None:
+            return "probe_ok", "ready"
+        is_refused = self._config.on_disagreement == "refuse"
+        if replica.state != "rejected":  # else it was said, and is looked at again every second
+            self._log.warning(
+                "teacher.disagrees",
+                replica=disagreement.replica,
+                other=disagreement.other,
+                difference=round(disagreement.difference, 6),
+                bound=disagreement.bound,
+                refused=is_refused,
+            )
+        return ("mismatch", str(disagreement)) if is_refused else ("probe_ok", "ready")
 
     def _probe_wait_s(self) -> float:
         # Jitter, so that many pools do not probe a replica that comes back in step.

@@ -29,14 +29,19 @@ from engine.errors import (
     TeacherUnavailable,
     UserError,
 )
-from engine.recipe import HttpTeacher
+from engine.recipe import HttpTeacher, RemoteTeacher, VllmTeacher
 from engine.tracing import log
 from teacher.client import TeacherClient
 from teacher.health import PROBE_DEADLINE_S, Health, ReplicaClient
 from teacher.places import Places
 from teacher.protocol import Scores, TeacherInfo
 from teacher.replica import MISCONFIGURED, Replica, State, backoff_s, difference
+from teacher.same_tokens import Known
+from teacher.vllm_client import VllmClient
 from teacher.waits import Alarms, Interrupted, Scope, Tasks
+
+JSON_BYTES = 72
+"""Of one value in the answer of a stock vLLM server, about; a value of our own service takes 4 or 5."""
 
 _DEADLINE, _ANSWERED, _CLOSED = "deadline", "answered by another replica", "closed"
 
@@ -99,7 +104,7 @@ class ReplicaPool:
         self,
         *,
         replicas: Mapping[str, ReplicaClient],
-        config: HttpTeacher,
+        config: RemoteTeacher,
         clock: Clock,
         rng: random.Random,
         logger: FilteringBoundLogger = log,
@@ -156,11 +161,14 @@ class ReplicaPool:
         if self._health.known is not None:
             return self._health.known
         found = await asyncio.gather(*(self._health.look_at(replica) for replica in self._replicas))
+        failures: list[TeacherUnavailable | TeacherRefused] = []
         known: tuple[str, TeacherInfo] | None = None
         for replica, info in zip(self._replicas, found, strict=True):
+            if isinstance(info, TeacherMismatch):
+                raise info
             if not isinstance(info, TeacherInfo):
-                continue
-            if known is None:
+                failures.append(info)
+            elif known is None:
                 known = replica.name, info
             elif (why := difference(known[1], info)) is not None:
                 raise TeacherMismatch(
@@ -168,7 +176,7 @@ class ReplicaPool:
                     "start all replicas with one model"
                 )
         if known is None:
-            raise _none_of([error for error in found if not isinstance(error, TeacherInfo)])
+            raise _none_of(failures)
         if self._health.known is None:  # a prober may have been quicker
             self._health.known = known[1]
         return self._health.known
@@ -436,8 +444,17 @@ class _Race:
         self.second: asyncio.Task[Scores | TeacherUnavailable | TeacherRefused] | None = None
 
 
-def connect(config: HttpTeacher, *, clock: Clock | None = None, rng: random.Random | None = None) -> ReplicaPool:
+def connect(
+    config: RemoteTeacher,
+    *,
+    known: Known | None = None,
+    clock: Clock | None = None,
+    rng: random.Random | None = None,
+) -> ReplicaPool:
     """The replicas that a recipe names, as one teacher. Opens no connection yet.
+
+    Args:
+        known: the vocabulary that stock vLLM servers must have; needed for ``VllmTeacher``.
 
     Raises:
         RecipeError: the token file cannot be used, or a URL is none or there twice.
@@ -449,15 +466,34 @@ def connect(config: HttpTeacher, *, clock: Clock | None = None, rng: random.Rand
         )
     # The client's own time-out is there for those who use it alone; here the pool's deadline comes first.
     timeout_s = config.deadline_s + PROBE_DEADLINE_S
+    clients = {url: client_of(config, url, known=known, timeout_s=timeout_s) for url in config.urls}
+    if isinstance(config, VllmTeacher):
+        log.warning("teacher.sends_json", replicas=len(clients), bytes_per_token=(config.top_k + 1) * JSON_BYTES)
+    return ReplicaPool(replicas=clients, config=config, clock=clock or SystemClock(), rng=rng or random.Random())
+
+
+def client_of(config: RemoteTeacher, url: str, *, known: Known | None, timeout_s: float) -> TeacherClient | VllmClient:
+    """One replica of the kind that the recipe names.
+
+    Raises:
+        RecipeError: the token file cannot be used, or ``url`` is none.
+    """
     try:
-        clients = {
-            url: TeacherClient(url, token_file=config.token_file, values=config.values, timeout_s=timeout_s)
-            for url in config.urls
-        }
+        if isinstance(config, VllmTeacher):
+            assert known is not None, "a stock server has no fingerprint of its own"
+            return VllmClient(
+                url,
+                known=known,
+                must_tell=config.model is None,
+                served_name=config.served_name,
+                token_file=config.token_file,
+                timeout_s=timeout_s,
+            )
+        assert isinstance(config, HttpTeacher)
+        return TeacherClient(url, token_file=config.token_file, values=config.values, timeout_s=timeout_s)
     except UserError as error:
         # The message names the file or the URL.
         raise RecipeError(f"teacher.token_file or teacher.urls: {error}") from None
-    return ReplicaPool(replicas=clients, config=config, clock=clock or SystemClock(), rng=rng or random.Random())
 
 
 def _is_final(outcome: Scores | TeacherUnavailable | TeacherRefused) -> bool:

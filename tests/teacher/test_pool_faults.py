@@ -60,6 +60,7 @@ class World:
                 max_backoff_s=5.0,
                 breaker_failures=2,
                 probe_every_s=2.0,
+                self_test_bound=None,
             ),
             clock=self.clock,
             rng=random.Random(seed),

@@ -18,7 +18,8 @@ import pytest
 import pytest_asyncio
 
 from teacher.client import TeacherClient
-from teacher.protocol import ScoreRequest, Scores
+from teacher.protocol import ScoreRequest, Scores, Teacher, score_request
+from tests.bench import process_clock
 from tests.e2e.runs import (
     PATIENCE_S,
     World,
@@ -82,7 +83,7 @@ async def client(wide: tuple[subprocess.Popen[bytes], str]) -> AsyncIterator[Tea
         yield client
 
 
-async def ask(client: TeacherClient, request: ScoreRequest, *, alone: bool = False) -> Scores:
+async def ask(client: Teacher, request: ScoreRequest, *, alone: bool = False) -> Scores:
     return await client.score(
         prompt_ids=request.prompt_ids.tolist(),
         response_ids=request.response_ids.tolist(),
@@ -120,6 +121,29 @@ async def test_an_answer_computed_alone_has_the_same_bits_under_load(client: Tea
 
     np.testing.assert_array_equal(loud.top_logprobs, quiet.top_logprobs)
     np.testing.assert_array_equal(loud.sampled_logprobs, quiet.sampled_logprobs)
+
+
+async def test_a_prompt_that_answers_share_is_computed_once_and_no_row_is_lost(
+    client: TeacherClient, wide: tuple[subprocess.Popen[bytes], str], wide_folder: Path
+) -> None:
+    """One at a time, so that only the cache can share; the last two were, or begin as, an answer from before."""
+    rng = np.random.default_rng(21)
+    prompt, response = rng.integers(0, VOCAB, 1900).tolist(), rng.integers(0, VOCAB, 90).tolist()
+    shared = [make_request(rng, prompt=prompt, num_response=3, top_k=4, vocab_size=VOCAB) for _ in range(6)]
+    for answered in (response, response[:70], response):
+        shared.append(score_request(prompt_ids=prompt, response_ids=answered, top_k=4))
+    apart = [make_request(rng, num_prompt=1900, num_response=3, top_k=4, vocab_size=VOCAB) for _ in range(6)]
+    before, answers, costs_s = process_clock.cpu_s(wide[0].pid), [], []
+    for request in (*shared[:6], *apart, *shared[6:]):
+        answers.append(await ask(client, request))
+        costs_s.append((now := process_clock.cpu_s(wide[0].pid)) - before)
+        before = now
+
+    # Most of what is left of an answer that shares its prompt is not the model's.
+    assert sum(costs_s[1:6]) < sum(costs_s[7:12]) / 2
+    model = load(wide_folder)
+    for request, answer in zip((*shared[:6], *apart, *shared[6:]), answers, strict=True):
+        assert_same(answer, reference_scores(model, request))
 
 
 async def test_memory_is_bounded_by_block_rows_and_not_by_the_length_of_an_answer(

@@ -20,7 +20,16 @@ from engine.monitor.report.faults import FaultLog
 from engine.monitor.view import RunView
 from engine.tracing import Event
 
-_MAY_COME_FIRST = ("ledger.", "checkpoint.", "data.", "log.", "eval.line", "teacher.replica")
+_MAY_COME_FIRST = (
+    "ledger.",
+    "checkpoint.",
+    "data.",
+    "log.",
+    "eval.line",
+    "teacher.replica",
+    "teacher.sends_json",
+    "teacher.top_k_lowered",
+)
 """What a process may have to say before its log is open: such lines stand in the file before its ``log.opened``."""
 
 

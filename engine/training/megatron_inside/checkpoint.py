@@ -11,13 +11,14 @@ from the recipe. And its writer starts two processes on every rank at each save;
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from engine.errors import CheckpointError
@@ -45,15 +47,20 @@ class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def save(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer, *, version: int) -> None:
-    """Write ``folder``, which all ranks see. Collective; of the gradient nothing is saved."""
+    """Write ``folder``, which all ranks see. Collective; of the gradient nothing is saved.
+
+    Raises:
+        OSError: a rank cannot write; all raise.
+    """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         state = _State(version=version, num_updates=optimizer.num_updates)
         (folder / STATE).write_bytes(msgspec.json.encode(state))
     dist.barrier()
-    dist_checkpointing.save(
-        _sharded(chunk, optimizer, is_loading=False), str(folder), sharded_strategy=_WriteHere("torch_dist", 1)
-    )
+    with _as_exceptions():
+        dist_checkpointing.save(
+            _sharded(chunk, optimizer, is_loading=False), str(folder), sharded_strategy=_WriteHere("torch_dist", 1)
+        )
 
 
 def load(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer) -> int:
@@ -65,9 +72,12 @@ def load(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer)
     state = _read_state(folder)
     wanted = _sharded(chunk, optimizer, is_loading=True)
     try:
-        found = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"trainer state in {str(folder)!r} cannot be read: {error}") from error
+        with _as_exceptions():
+            found = dist_checkpointing.load(wanted, str(folder))
+    except Exception as error:  # torch, Megatron, zip files and pickles raise a dozen kinds; all mean this folder
+        raise CheckpointError(
+            f"trainer state in {str(folder)!r} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     unwrapped(chunk).load_state_dict(found["model"])
     for number, part in enumerate(optimizer.megatron.chained_optimizers):
         groups = part.state_dict()["optimizer"]["param_groups"]
@@ -111,6 +121,16 @@ def _read_state(folder: Path) -> _State:
             "program that wrote it"
         )
     return state
+
+
+@contextmanager
+def _as_exceptions() -> Iterator[None]:
+    """torch tells all ranks of what one of them met, in an exception that nobody catches; here it is what was met."""
+    try:
+        yield
+    except CheckpointException as told:
+        (cause, _), *_ = told.failures.values()
+        raise cause from None
 
 
 class _WriteHere(TorchDistSaveShardedStrategy):  # type: ignore[misc]

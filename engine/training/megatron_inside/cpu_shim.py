@@ -1,8 +1,8 @@
 """Megatron on a machine without CUDA: what it says of CUDA unconditionally is made to mean the CPU.
 
 Three parts: entry points of ``torch.cuda`` that answer for the CPU; a mode of torch that reads ``device="cuda"``,
-``.cuda()`` and ``.type()`` that way; and functions of Megatron that neither can reach. It costs 3 % of a step. Nothing
-here is used where there is a CUDA device.
+``.cuda()`` and ``.type()`` that way; and functions of Megatron that neither can reach. Nothing here is used where there
+is a CUDA device.
 
 ``install`` comes before the first import of ``megatron.core``, ``install_megatron`` after it. Both hold for the rest of
 the process.
@@ -53,13 +53,10 @@ def install_megatron() -> None:
         return
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
-    from torch._dynamo import config as dynamo_config
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_host
-    # Its jit_fuser is torch.compile: minutes of a C++ compiler at every start, for kernels that CPU tests do not need.
-    dynamo_config.disable = True
 
 
 class _Installed:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -73,7 +73,10 @@ class Exporter:
         self._told: dict[int, int] = {}
         """By number of a buffer: which memory the other ranks take it for."""
         self._device = next(unwrapped(chunks[0]).parameters()).device
-        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        """Where copies go on a GPU: not with the passes, or a bucket would wait for all that is queued there."""
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._copies = _copies(chunks, shape, self.specs)
         self._group = dist.new_group(backend="gloo")
         self._check_complete()
@@ -91,11 +94,10 @@ class Exporter:
         groups = cut([spec.num_bytes for spec in self.specs], limit=bucket_bytes)
         layouts = [lay_out(self.specs[group.start : group.stop]) for group in groups]
         num_bytes = max(layout.num_bytes for layout in layouts)
-        if written is not None:
+        if written is not None and self._stream is not None:
             self._stream.wait_event(written)
         for group, layout in zip(groups, layouts, strict=True):
             tensors = views(self._memory(num_bytes), layout)
-            # Not on the stream of the passes: a bucket would wait for all that is queued there.
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 for tensor, number in zip(tensors, group, strict=True):
                     for copy in self._copies[number]:

@@ -59,6 +59,7 @@ def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentMode
     )
     model.shape = shape
     mend_latent_norms(model)
+    _mark_experts(model)
     if model.post_process:
         # In place, so that names, sharding and the hooks on its parameters are the original's.
         model.output_layer.__class__ = _BeforeHead
@@ -74,6 +75,14 @@ class _BeforeHead(ColumnParallelLinear):  # type: ignore[misc]
         return input_, None
 
 
+def _mark_experts(model: nn.Module) -> None:
+    """As those whose gradients are summed over the ranks that hold the same experts. Megatron does so only where
+    experts are spread; without that, tensor-parallel ranks each route a piece of the row and would keep their part."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def _device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
 
@@ -83,11 +92,18 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
     config = model.config
     module: nn.Module = Float16Module(config, model) if config.bf16 else model
     for router in model.modules():
-        if getattr(router, "expert_bias", None) is not None:
+        bias: Tensor | None = getattr(router, "expert_bias", None)
+        if bias is not None:
             # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
             # value that was loaded, and for whoever exports before.
-            router.expert_bias.data = router.expert_bias.data.float()  # type: ignore[union-attr, operator]
+            bias.data = bias.data.float()
     return DistributedDataParallel(config, ddp_config(), module)
+
+
+def release(chunk: DistributedDataParallel) -> None:
+    """Let go of the buffers and the model when nobody else holds them. Otherwise hooks that autograd keeps hold them,
+    in a circle that the garbage collector does not see. The chunk is of no use afterwards."""
+    chunk.grad_accs.clear()
 
 
 def unwrapped(chunk: nn.Module) -> StudentModel:

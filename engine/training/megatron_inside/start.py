@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 from engine.training.megatron_inside import cpu_shim, without_te
@@ -14,3 +15,6 @@ with warnings.catch_warnings():
     import megatron.core.optimizer  # noqa: F401
 without_te.mend()
 cpu_shim.install_megatron()
+# What imports leave stays. Megatron collects garbage at every save and load, and would walk through all of it each
+# time: 0.8 s of 0.9 for a small model.
+gc.freeze()

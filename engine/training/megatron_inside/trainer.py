@@ -21,12 +21,12 @@ from torch import Tensor
 
 from engine.errors import NonFiniteError
 from engine.generation.protocol import Bucket
+from engine.training.flops import peak_tflops, training_flops
 from engine.training.megatron_inside import checkpoint, parallel
 from engine.training.megatron_inside.convert import load_hf
-from engine.training.megatron_inside.flops import peak_tflops, training_flops
 from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.loss import Found
-from engine.training.megatron_inside.model import build_model, wrap
+from engine.training.megatron_inside.model import build_model, release, wrap
 from engine.training.megatron_inside.optimizer import RouterBias, StepOptimizer
 from engine.training.megatron_inside.passes import Passes, run_passes
 from engine.training.megatron_inside.router_load import RouterLoad
@@ -208,6 +208,8 @@ class MegatronRankTrainer:
         save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
 
     def stop(self) -> None:
+        if self._state is not None:
+            release(self._state.chunk)
         self._state = None
 
     def _load(self, folder: Path, *, weights: bool) -> _Loaded:
@@ -217,7 +219,7 @@ class MegatronRankTrainer:
         check_layout(shape, layout)
         if self._state is not None:
             self._state.exporter.close()
-            self._state = None
+            self.stop()
         parallel.initialize(layout)
         (model,) = build_model(shape, layout)
         chunk = wrap(model)

@@ -32,7 +32,11 @@ def mend() -> None:
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
+    from torch._dynamo import config as dynamo_config
 
+    # Its jit_fuser is torch.compile. Of what it decorates nothing is used without TransformerEngine but the count of
+    # tokens per expert, for which a compiler would have to run, and to be there, at every start.
+    dynamo_config.disable = True
     # Read by the router, and defined only where TransformerEngine's import went well.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

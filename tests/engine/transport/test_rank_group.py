@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ PATIENCE_S = 60.0
 
 
 def make_group(
-    folder: Path, *, num_ranks: int = 2, factory: str = "make", call_timeout_s: float = PATIENCE_S, serial: bool = False
+    folder: Path, *, num_ranks: int = 2, factory: str = "make", call_timeout_s: float = PATIENCE_S
 ) -> RankGroup:
     return RankGroup(
         name="test",
@@ -34,7 +33,6 @@ def make_group(
         arguments={"settings": Settings(factor=2)},
         num_ranks=num_ranks,
         folder=folder,
-        serial=serial,
         start_timeout_s=PATIENCE_S,
         call_timeout_s=call_timeout_s,
         environment={"OMP_NUM_THREADS": "1"},
@@ -239,18 +237,6 @@ def test_a_factory_that_raises_in_one_rank_leaves_no_process(tmp_path: Path) -> 
     with pytest.raises(RanksLost, match=r"(?s)rank 1 of 2 failed in start: KeyError.*make_none"):
         group.start()
     assert "KeyError" in (tmp_path / "rank_001.log").read_text()
-
-
-def test_a_serial_group_does_one_thing_at_a_time_and_gives_turns_in_order(tmp_path: Path) -> None:
-    group = make_group(tmp_path, num_ranks=1, serial=True)
-    group.start()
-    try:
-        calls = threading.Thread(target=lambda: [group.call("total", {"batch": batch(9)}) for _ in range(20)])
-        calls.start()
-        assert len(list(group.stream("pieces", num=20, size=8, in_place=True))) == 20
-        calls.join()
-    finally:
-        group.close()
 
 
 NODE = """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import torch
@@ -25,7 +25,7 @@ from engine.transport.handoff import Uploader
 from ops import ForwardKL
 from tests.engine.training.megatron.rank_cases import LEARNER, make_rollouts
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
     "num_layers": 2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,13 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from engine.errors import NonFiniteError
-from engine.training.megatron_inside import layer_spec
+from engine.training.megatron_inside import versions
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
@@ -86,11 +87,18 @@ def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[
                 patch.delattr(moe_utils, "te_general_gemm")
             case "HAVE_TE":
                 patch.setattr(multi_latent_attention, "HAVE_TE", True)
-            case "down-projections":
-                patch.setattr(layer_spec, "Linear", ColumnParallelLinear)
             case _:
                 raise AssertionError(repair)
         return train(settings, steps)
+
+
+def repaired_with(version: str) -> str:
+    """What is said of another version of Megatron-core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "version", lambda package: version)
+        with pytest.raises(RuntimeError) as raised:
+            versions.check_version("a learner without CUDA")
+    return str(raised.value)
 
 
 def spoiled(settings: RankSettings, rollouts: Sequence[RankRollout]) -> tuple[str, StepReport | None, bool]:
@@ -236,3 +244,15 @@ def logits(settings: RankSettings, sequences: Sequence[Sequence[int]]) -> list[t
         )
     trainer.stop()
     return known
+
+
+def is_released(settings: RankSettings, rollouts: Sequence[RankRollout]) -> bool:
+    """Whether nothing of a model is left after ``stop``."""
+    trainer = make(settings)
+    trainer.start()
+    trainer.accumulate(dealt(rollouts))
+    trainer.finish_step()
+    model = weakref.ref(unwrapped(trainer._loaded.chunk))
+    trainer.stop()
+    gc.collect()
+    return model() is None
