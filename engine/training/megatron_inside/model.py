@@ -100,12 +100,6 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
     return DistributedDataParallel(config, ddp_config(), module)
 
 
-def release(chunk: DistributedDataParallel) -> None:
-    """Let go of the buffers and the model when nobody else holds them. Otherwise hooks that autograd keeps hold them,
-    in a circle that the garbage collector does not see. The chunk is of no use afterwards."""
-    chunk.grad_accs.clear()
-
-
 def unwrapped(chunk: nn.Module) -> StudentModel:
     """What lies inside DDP and the half-precision wrapper."""
     while not isinstance(chunk, StudentModel):

@@ -26,7 +26,7 @@ from engine.training.megatron_inside import checkpoint, parallel
 from engine.training.megatron_inside.convert import load_hf
 from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.loss import Found
-from engine.training.megatron_inside.model import build_model, release, wrap
+from engine.training.megatron_inside.model import build_model, wrap
 from engine.training.megatron_inside.optimizer import RouterBias, StepOptimizer
 from engine.training.megatron_inside.passes import Passes, run_passes
 from engine.training.megatron_inside.router_load import RouterLoad
@@ -208,8 +208,6 @@ class MegatronRankTrainer:
         save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
 
     def stop(self) -> None:
-        if self._state is not None:
-            release(self._state.chunk)
         self._state = None
 
     def _load(self, folder: Path, *, weights: bool) -> _Loaded:

@@ -143,8 +143,3 @@ def test_calls_in_the_wrong_order_are_refused(folders: dict[str, Path], worlds: 
 
     assert unstarted == unstarted_too == "the trainer holds no model; call start or load first"
     assert empty == "step 1 has no tokens; call accumulate before finish_step"
-
-
-@pytest.mark.parametrize("name", ["qwen3", "moonlight"])
-def test_a_trainer_that_is_stopped_holds_no_memory(name: str, folders: dict[str, Path], worlds: Worlds) -> None:
-    assert run(worlds, "is_released", folders[name], {}, rollouts_of(name)) == [True]

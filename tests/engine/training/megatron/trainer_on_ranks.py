@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -244,15 +242,3 @@ def logits(settings: RankSettings, sequences: Sequence[Sequence[int]]) -> list[t
         )
     trainer.stop()
     return known
-
-
-def is_released(settings: RankSettings, rollouts: Sequence[RankRollout]) -> bool:
-    """Whether nothing of a model is left after ``stop``."""
-    trainer = make(settings)
-    trainer.start()
-    trainer.accumulate(dealt(rollouts))
-    trainer.finish_step()
-    model = weakref.ref(unwrapped(trainer._loaded.chunk))
-    trainer.stop()
-    gc.collect()
-    return model() is None
