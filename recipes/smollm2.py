@@ -8,7 +8,7 @@ repairs it. The teacher runs as its own process:
     python -m engine.run recipes/smollm2.py
 
 or all of it, and the stopping afterwards: ``make demo``. With the learner on Megatron-core instead of plain torch
-(extra ``megatron``), which reaches the same divergence:
+(extra ``megatron``):
 
     python -m engine.run recipes/smollm2.py --set trainer=megatron
 """

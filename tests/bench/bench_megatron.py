@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -31,10 +30,11 @@ from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
 from engine.training.megatron import MegatronTrainer
 from engine.training.rank_plan import plan
-from engine.training.rank_work import RankSettings, RankTrainer, RankWork
+from engine.training.rank_work import RankSettings
 from engine.transport.rank_group import RankGroup
 from engine.types import ScoredRollout
 from teacher.protocol import Scores
+from tests.bench.megatron_bare import BareLoop
 from tests.bench.report import OURS, Report, Row, Target, add_options, finish, progress
 from tests.engine.training.cases import make_scored
 from tests.support.models import tiny_model
@@ -44,31 +44,6 @@ BLOCKED_LIMIT = 0.02
 COPY_SHARE = 0.1
 """Of a step, for which loading a version is made to last."""
 BUDGET_TOKENS = 2048
-
-
-class BareLoop(RankTrainer, Protocol):
-    def bare_steps(self, work: RankWork, num_steps: int, num_calls: int) -> list[float]:
-        """Seconds of each step, without anybody asking for it."""
-        ...
-
-
-def make_bare(settings: RankSettings) -> BareLoop:
-    """In the rank."""
-    from engine.training.megatron_inside.trainer import MegatronRankTrainer
-    from engine.transport.shared_arrays import SharedBuffers
-
-    class Bare(MegatronRankTrainer):
-        def bare_steps(self, work: RankWork, num_steps: int, num_calls: int) -> list[float]:
-            seconds = []
-            for _ in range(num_steps):
-                began = time.perf_counter()
-                for _ in range(num_calls):
-                    self.accumulate(work)
-                self.finish_step()
-                seconds.append(time.perf_counter() - began)
-            return seconds
-
-    return Bare(settings=settings, buffers=SharedBuffers())
 
 
 class Pair:
@@ -96,7 +71,7 @@ class Pair:
         self._bare = RankGroup(
             name="bare",
             interface=BareLoop,
-            factory="tests.bench.bench_megatron:make_bare",
+            factory="tests.bench.megatron_bare:make_bare",
             arguments={
                 "settings": RankSettings(
                     learner=learner, student=student, objective=objective, num_steps=10_000, seed=0
