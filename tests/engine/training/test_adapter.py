@@ -95,10 +95,11 @@ def test_a_checkpoint_loads_with_transformers_and_with_peft_and_goes_on_bit_for_
     trainer.save(tmp_path)
     scores = trainer.score(IDS)
 
-    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     adapted: Any = PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
-    adapted.eval()
-    for model in (merged, adapted):
+    models: list[Any] = [merged, adapted]
+    for model in models:
+        model.eval()
         found = plain_logits(model, IDS)[:-1].log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
         assert found.tolist() == pytest.approx(scores, abs=1e-5)
     train(trainer)
