@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -16,6 +17,9 @@ from tests.support.clock import settle as settle_loop
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A script starts jobs in the background with SIGINT ignored, and whatever a test then starts would ignore it, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before triton is imported anywhere: where there is no card its kernels are interpreted.
 if importlib.util.find_spec("triton") is not None:
     import torch.cuda
