@@ -24,6 +24,9 @@ class StepOptimizer:
         self._grad_clip = learner.grad_clip
         self._weight_decay = learner.weight_decay
         self.megatron: Any = get_megatron_optimizer(optimizer_config(learner), [chunk])
+        for part in self.megatron.chained_optimizers:
+            # Moments are there from the start: a checkpoint may come before the first update, or after skipped ones.
+            part.init_state_fn(part.optimizer)
         chunk.config.grad_scale_func = self.megatron.scale_loss
         self.clear()
 
