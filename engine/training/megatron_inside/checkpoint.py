@@ -7,6 +7,9 @@ part of, so that any layout of the same student goes on from it.
 Two things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
 where experts are spread over ranks, and saves each part's settings; here the tensors alone are saved, and settings come
 from the recipe. And its writer starts two processes on every rank at each save; here the rank writes by itself.
+
+The index of this format (``.metadata``) is a pickle, which torch reads: the one file of ours of which that is so. Who
+can write to a run's folder can run code in what resumes from it.
 """
 
 from __future__ import annotations
