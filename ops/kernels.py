@@ -70,14 +70,20 @@ def dense_for(
     *,
     student_dtype: torch.dtype,
     block_rows: int,
+    sampled_ids: Tensor | None = None,
 ) -> Problem:
-    """The problem that a teacher's logits pose, [T, W] of this rank."""
+    """The problem that a teacher's logits pose, [T, W] of this rank.
+
+    Args:
+        sampled_ids: [T] int, the tokens that ``student_logprob`` is of; −1: none.
+    """
     is_wide = torch.float64 in (student_dtype, teacher.dtype)
     if shard.group is None and not is_wide and has_formula(objective) and has_triton(teacher.device):
         from ops.triton_dense import TritonDense
 
+        assert sampled_ids is None, "lists of a whole vocabulary stay lists on CUDA"
         return TritonDense(objective, teacher, shard, conditions)
-    return Dense(objective, teacher, shard, conditions, block_rows=block_rows)
+    return Dense(objective, teacher, shard, conditions, block_rows=block_rows, sampled_ids=sampled_ids)
 
 
 def has_triton(device: torch.device) -> bool:
