@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ops.dense import Dense
 from ops.formulas import has_formula
+from ops.native_dense import DTYPES, native_dense
 from ops.native_rows import native_rows
 from ops.native_solve import native_solver
 from ops.objectives import Objective
@@ -83,6 +84,10 @@ def dense_for(
 
         assert sampled_ids is None, "lists of a whole vocabulary stay lists on CUDA"
         return TritonDense(objective, teacher, shard, conditions)
+    if shard.group is None and has_formula(objective) and {student_dtype, teacher.dtype} <= set(DTYPES):
+        native = native_dense() if teacher.device.type == "cpu" else None
+        if native is not None:
+            return native(objective, teacher, shard, conditions, sampled_ids=sampled_ids)
     return Dense(objective, teacher, shard, conditions, block_rows=block_rows, sampled_ids=sampled_ids)
 
 
