@@ -4,7 +4,8 @@
 
 The generator answers prompts of the demo at temperature 1 in float32; its log-probabilities, and those that plain
 passes of transformers (sdpa and eager) give the same tokens, are compared with a pass in float64, and with each other.
-Needs a model of the Llama family, whose norm computes in float32 whatever its weights are and is replaced for the judge.
+Needs a model of the Llama family, whose norm computes in float32 whatever its weights are and is replaced for the
+judge.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def main() -> None:
         apart = np.abs(measured[name] - reference)
         relative = (apart / np.maximum(1.0, np.abs(reference))).max()
         sys.stdout.write(
-            f"{name:<18} from the plain pass, sdpa: {apart.max():.2e} nats, {relative:.2e} of max(1, |log-probability|)\n"
+            f"{name:<18} from the plain pass, sdpa: {apart.max():.2e} nats, "
+            f"{relative:.2e} of max(1, |log-probability|)\n"
         )
 
 
