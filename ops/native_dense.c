@@ -11,10 +11,32 @@
 
 #include "native_float.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
+/* log(1 + x) of 0 <= x <= 1: 2 artanh(s), s = x/(2 + x) up to 1/3, by the series. */
+static inline float logarithm_1p(float x) {
+    float s = x / (2.0f + x), t = s * s;
+    float y = 1.0f / 13.0f;
+    y = y * t + 1.0f / 11.0f;
+    y = y * t + 1.0f / 9.0f;
+    y = y * t + 1.0f / 7.0f;
+    y = y * t + 1.0f / 5.0f;
+    y = y * t + 1.0f / 3.0f;
+    return 2.0f * (s + s * t * y);
+}
 
-/* The order of Kind in ops/formulas.py. */
-enum { FORWARD, REVERSE, MEAN, SKEWED, SKEWED_REVERSE };
+/* exp(-x) - 1 + x of |x| < 1/2, to the last digit also where it is small: the series. */
+static inline float exponential_rest(float x) {
+    float y = 1.0f - x * (1.0f / 9.0f);
+    y = 1.0f - x * (1.0f / 8.0f) * y;
+    y = 1.0f - x * (1.0f / 7.0f) * y;
+    y = 1.0f - x * (1.0f / 6.0f) * y;
+    y = 1.0f - x * (1.0f / 5.0f) * y;
+    y = 1.0f - x * (1.0f / 4.0f) * y;
+    y = 1.0f - x * (1.0f / 3.0f) * y;
+    return x * x * 0.5f * y;
+}
+
+#define REAL float
+#include "native_terms.h"
 
 /* Columns that a float may sum before a double takes over. */
 enum { SEGMENT = 512 };
@@ -47,68 +69,7 @@ enum {
     NUM_FOUND
 };
 
-static const float LOWEST = -1e30f; /* stands for the logarithm of 0: products with it stay finite */
-
-static inline float lifted(float x) { return x < LOWEST ? LOWEST : x; }
-
 static inline double log_or_zero(double x) { return x == 0.0 ? 0.0 : log(x); }
-
-/* log(1 + x) of 0 <= x <= 1: 2 artanh(s), s = x/(2 + x) up to 1/3, by the series. */
-static inline float logarithm_1p(float x) {
-    float s = x / (2.0f + x), t = s * s;
-    float y = 1.0f / 13.0f;
-    y = y * t + 1.0f / 11.0f;
-    y = y * t + 1.0f / 9.0f;
-    y = y * t + 1.0f / 7.0f;
-    y = y * t + 1.0f / 5.0f;
-    y = y * t + 1.0f / 3.0f;
-    return 2.0f * (s + s * t * y);
-}
-
-/* exp(-x) - 1 + x of |x| < 1/2, to the last digit also where it is small: the series. */
-static inline float exponential_rest(float x) {
-    float y = 1.0f - x * (1.0f / 9.0f);
-    y = 1.0f - x * (1.0f / 8.0f) * y;
-    y = 1.0f - x * (1.0f / 7.0f) * y;
-    y = 1.0f - x * (1.0f / 6.0f) * y;
-    y = 1.0f - x * (1.0f / 5.0f) * y;
-    y = 1.0f - x * (1.0f / 4.0f) * y;
-    y = 1.0f - x * (1.0f / 3.0f) * y;
-    return x * x * 0.5f * y;
-}
-
-/* log(exp x + exp y) of finite numbers. */
-static inline float log_sum(float x, float y) {
-    float high = x < y ? y : x, low = x < y ? x : y;
-    return high + logarithm_1p(exponential(low - high));
-}
-
-/* a log(a/b) - a + b, never negative. */
-static inline float excess(float a, float b, float log_ratio) {
-    float near = a * exponential_rest(log_ratio), apart = a * log_ratio - a + b;
-    float part = fabsf(log_ratio) < 0.5f ? near : apart;
-    return part < 0.0f ? 0.0f : part;
-}
-
-typedef struct {
-    float value, weight;
-} Term;
-
-/* A column's summand of the value, and of the derivative by log q. */
-ALWAYS Term term(int64_t kind, float share, float log_share, float log_rest, float p, float log_p, float q, float log_q) {
-    if (kind == FORWARD) return (Term){excess(p, q, log_p - log_q), -p};
-    if (kind == REVERSE) return (Term){excess(q, p, log_q - log_p), q * (log_q - log_p + 1.0f)};
-    float rest = 1.0f - share;
-    int is_of_p = kind != SKEWED_REVERSE; /* which of both has the share in what they are compared with, m */
-    float log_m = log_sum((is_of_p ? log_p : log_q) + log_share, (is_of_p ? log_q : log_p) + log_rest);
-    float m = is_of_p ? share * p + rest * q : share * q + rest * p, ratio = log_q - log_m;
-    if (kind == MEAN) {
-        float of_p = excess(p, m, log_p - log_m), of_q = excess(q, m, ratio);
-        return (Term){share * of_p + rest * of_q, rest * q * ratio};
-    }
-    if (kind == SKEWED) return (Term){excess(p, m, log_p - log_m), -rest * p * exponential(ratio)};
-    return (Term){excess(q, m, ratio), q * ratio + rest * p * exponential(ratio)};
-}
 
 /* A row as floats: itself, or a copy. */
 static const float *as_floats(const void *rows, int64_t stride, int64_t row, int64_t n, int64_t is_bf16, float *copy) {
@@ -164,11 +125,13 @@ static double sum_of_ruled_out(const float *e, const float *t, int64_t n) {
 
 /* Of a row, in float32. */
 typedef struct {
+    Formula formula;
     float rate, z_shift, z_log, z_inverse, t_shift, t_log, t_inverse, floor, floor_factor;
 } Row;
 
 static Row row_of(const double *found, const Asked *asked) {
     return (Row){
+        .formula = {(float)asked->share, (float)asked->log_share, (float)asked->log_rest},
         .rate = (float)(1.0 / asked->temperature),
         .z_shift = (float)found[STUDENT_SHIFT],
         .z_log = (float)found[STUDENT_LOG],
@@ -182,16 +145,16 @@ static Row row_of(const double *found, const Asked *asked) {
 }
 
 /* With e_z and e_t as exponentials gives them. */
-ALWAYS Term term_at(int64_t kind, int has_floor, const Asked *asked, Row row, float z, float t, float e_z, float e_t) {
+ALWAYS Term term_at(int64_t kind, Row row, float z, float t, float e_z, float e_t) {
     float q = e_z * row.z_inverse, p = e_t * row.t_inverse;
     float log_q = lifted((z - row.z_shift) * row.rate - row.z_log);
     float log_p = lifted(z == -INFINITY ? -INFINITY : (t - row.t_shift) * row.rate - row.t_log);
-    if (has_floor) {
+    if (kind == REVERSE) {
         int is_ruled_out = t == -INFINITY;
         p = is_ruled_out ? q * row.floor_factor : p;
         log_p = is_ruled_out ? log_q + row.floor : log_p;
     }
-    return term(kind, (float)asked->share, (float)asked->log_share, (float)asked->log_rest, p, log_p, q, log_q);
+    return term(kind, row.formula, p, log_p, q, log_q, 1);
 }
 
 ALWAYS void sum_kind(int64_t kind, const Asked *asked, const float *z, const float *t, const float *e_z, const float *e_t,
@@ -203,7 +166,7 @@ ALWAYS void sum_kind(int64_t kind, const Asked *asked, const float *z, const flo
         float values = 0.0f, weights = 0.0f, q = 0.0f;
 #pragma omp simd reduction(+ : values, weights, q)
         for (int64_t i = start; i < end; i++) {
-            Term here = term_at(kind, kind == REVERSE, asked, row, z[i], t[i], e_z[i], e_t[i]);
+            Term here = term_at(kind, row, z[i], t[i], e_z[i], e_t[i]);
             values += here.value;
             weights += here.weight;
             q += e_z[i] * row.z_inverse;
@@ -226,7 +189,7 @@ ALWAYS void gradient_kind(int64_t kind, const Asked *asked, const float *z, cons
         int is_there = z[i] != -INFINITY;
         float e_z = exponential(lifted((z[i] - row.z_shift) * row.rate));
         float e_t = exponential(lifted(is_there ? (t[i] - row.t_shift) * row.rate : -INFINITY));
-        Term here = term_at(kind, kind == REVERSE, asked, row, z[i], t[i], e_z, e_t);
+        Term here = term_at(kind, row, z[i], t[i], e_z, e_t);
         out[i] = (here.weight - e_z * row.z_inverse * mean) * factor;
     }
 }

@@ -24,7 +24,7 @@ SWITCH = "SLIPSTREAM_NATIVE"
 
 _log = logging.getLogger(__name__)
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_rows.c", "native_solve.c", "native_dense.c"))
-_HEADERS = (Path(__file__).with_name("native_float.h"),)
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("native_float.h", "native_terms.h"))
 _OPTIONS = (
     "-std=gnu11",
     "-O3",
