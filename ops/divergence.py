@@ -167,7 +167,8 @@ def pose(
         # The bucket is empty: the list is the teacher's logits but for a constant, and as such no id is searched for.
         check_ids(scores.sampled_ids, shard.vocab_size)
         sampled_ids = scores.sampled_ids
-        scores = scores.top_logprobs.narrow(1, shard.start, shard.num_columns)
+        # A shard of padding may lie behind the last id.
+        scores = scores.top_logprobs[:, shard.start : shard.start + shard.num_columns]
     return dense_for(
         objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows, sampled_ids=sampled_ids
     )
