@@ -84,7 +84,7 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-_STEP = 8
+_STEP = 16
 """Rows: products of a multiple are faster than those of one row more or less."""
 
 
@@ -97,7 +97,7 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
 
 def largest_block(num_rows: int, block_rows: int) -> int:
     """Rows of all ``blocks`` but the last: as even as can be, as a short block runs at half the speed; but a multiple
-    of 8 where one fits."""
+    of 16 where one fits."""
     even = -(-num_rows // max(1, -(-num_rows // block_rows)))
     stepped = -(-even // _STEP) * _STEP
     return stepped if stepped <= min(block_rows, num_rows) else even
