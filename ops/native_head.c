@@ -213,38 +213,35 @@ static void make_logits(const Head *head, int64_t start, int64_t end) {
     }
 }
 
-/* Σ exp(z - most) of a tile is added to `total`, which is brought to the new maximum. */
-static void add_tile(const float *z, int64_t columns, int64_t lanes, float *maxima, float *most, double *total,
-                     float *shift, float *sum) {
-    int64_t classes = parts_of(columns, CLASS);
-#pragma omp simd
-    for (int64_t l = 0; l < lanes; l++) shift[l] = most[l], sum[l] = 0.0f;
-    for (int64_t c = 0; c < classes; c++) {
-        int64_t from = c * CLASS, size = least(columns - from, CLASS);
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; l++) {
-            float highest = z[from * lanes + l];
-            highest = highest == highest ? highest : -INFINITY;
-            for (int64_t i = 1; i < size; i++) {
-                float x = z[(from + i) * lanes + l];
-                highest = x > highest ? x : highest;
-            }
-            maxima[c * lanes + l] = highest;
-            shift[l] = highest > shift[l] ? highest : shift[l];
-        }
-    }
+/* Of a class its maximum; and Σ exp(z - most), which is brought to the maximum so far. All while it is in the first-level
+ * cache: a pass of its own over the tile for either cost twice as much. */
+ALWAYS void add_class(const float *z, const int64_t size, int64_t lanes, float *maxima, float *most, float *sum) {
 #pragma omp simd
     for (int64_t l = 0; l < lanes; l++) {
-        float now = shift[l] == -INFINITY ? 0.0f : shift[l];
-        total[l] *= exponential(most[l] - now);
-        most[l] = shift[l];
-        shift[l] = now;
+        float highest = -INFINITY, added = 0.0f;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < size; i++) highest = z[i * lanes + l] > highest ? z[i * lanes + l] : highest;
+        float now = highest > most[l] ? highest : most[l], shift = now == -INFINITY ? 0.0f : now;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < size; i++) added += exponential(z[i * lanes + l] - shift);
+        sum[l] = sum[l] * exponential(most[l] - shift) + added;
+        maxima[l] = highest;
+        most[l] = now;
     }
-    for (int64_t v = 0; v < columns; v++)
+}
+
+/* Of a tile; its sum is added to `total`, in float64. */
+static void add_tile(const float *z, int64_t columns, int64_t lanes, float *maxima, float *most, double *total,
+                     float *before, float *sum) {
+    for (int64_t l = 0; l < lanes; l++) before[l] = most[l], sum[l] = 0.0f;
+    int64_t whole = columns / CLASS * CLASS;
+    for (int64_t v = 0; v < whole; v += CLASS)
+        add_class(z + v * lanes, CLASS, lanes, maxima + v / CLASS * lanes, most, sum);
+    if (whole < columns)
+        add_class(z + whole * lanes, columns - whole, lanes, maxima + whole / CLASS * lanes, most, sum);
 #pragma omp simd
-        for (int64_t l = 0; l < lanes; l++) sum[l] += exponential(z[v * lanes + l] - shift[l]);
-#pragma omp simd
-    for (int64_t l = 0; l < lanes; l++) total[l] += sum[l];
+    for (int64_t l = 0; l < lanes; l++)
+        total[l] = total[l] * exponential(before[l] - (most[l] == -INFINITY ? 0.0f : most[l])) + sum[l];
 }
 
 /* Logits of tiles [start, end), and of their tail the largest [L] and Σ exp(z - largest) [L]. Logits of the support
@@ -315,24 +312,24 @@ static int64_t list_above(const float *x, int64_t step, int64_t num, const int32
 
 static int64_t groups_of(const Head *head) { return parts_of(head_classes(head->columns), FOLD); }
 
-/* Of one vector of rows: maxima of groups, lists of groups, classes, and columns, and their logits. */
+/* Of one vector of rows: maxima of groups and the support, lists of groups and classes, and their logits. */
 int64_t head_scratch_floats(const Head *head) {
     int64_t groups = groups_of(head);
-    return groups * (LANES + 1 + FOLD + 2 * FOLD * CLASS) + 4;
+    return (groups + head->num_ids) * LANES + groups * (1 + FOLD + FOLD * CLASS) + 3;
 }
 
-/* The k largest of the tail of rows [start, end), of whole vectors but for the last one; -inf where there are fewer, NaN
- * where the sum is. Puts the support back among the logits.
+/* Reduced.largest (ops/rows.py) of rows [start, end), of whole vectors but for the last one; NaN where the sum is. Puts the
+ * support back among the logits.
  *
- * If k maxima of groups are at least t, so are k logits; and what is above t is in a class and a group whose maxima are.
- */
+ * If k maxima of groups and numbers of the support are at least t, so are k logits; and what is above t is in a class and a
+ * group whose maxima are. */
 void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const float *tail_sum,
                  const float *support_logits, float *largest, float *scratch) {
     int64_t lanes = head->lanes, classes = head_classes(head->columns), groups = groups_of(head);
     Vector *coarse = (Vector *)scratch;
-    int32_t *by_group = (int32_t *)(scratch + groups * LANES), *by_class = by_group + groups + 1;
-    int32_t *by_column = by_class + groups * FOLD + 1;
-    float *room = (float *)(by_column + groups * FOLD * CLASS + 1);
+    int64_t num = groups + head->num_ids;
+    int32_t *by_group = (int32_t *)(scratch + num * LANES), *by_class = by_group + groups + 1;
+    float *room = (float *)(by_class + groups * FOLD + 1);
     for (int64_t row = start; k > 0 && row < end; row += LANES) {
         for (int64_t g = 0; g < groups; g++) {
             const float *fine = head->maxima + g * FOLD * lanes + row;
@@ -345,8 +342,11 @@ void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const 
             }
             memcpy(coarse + g, highest, sizeof(highest));
         }
+        for (int64_t c = 0; c < head->num_ids; c++)
+            for (int64_t l = 0; l < LANES; l++)
+                coarse[groups + c][l] = row + l < end ? support_logits[(row + l) * head->num_ids + c] : -INFINITY;
         float bound[LANES];
-        thresholds(coarse, groups, k, bound);
+        thresholds(coarse, num, k, bound);
         for (int64_t l = 0; l < least(end - row, LANES); l++) {
             float *out = largest + (row + l) * k, t = bound[l];
             if (tail_sum[row + l] != tail_sum[row + l]) {
@@ -356,9 +356,15 @@ void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const 
             int32_t all = 0;
             const float *z = head->logits + row + l;
             int64_t found = list_above((const float *)coarse + l, LANES, groups, &all, 1, groups, t, by_group);
-            found = list_above(head->maxima + row + l, lanes, classes, by_group, found, FOLD, t, by_class);
-            found = list_above(z, lanes, head->columns, by_class, found, CLASS, t, by_column);
-            for (int64_t i = 0; i < found; i++) room[i] = z[by_column[i] * lanes];
+            int64_t num_classes = list_above(head->maxima + row + l, lanes, classes, by_group, found, FOLD, t, by_class);
+            found = 0;
+            for (int64_t c = 0; c < num_classes; c++) {
+                int64_t from = by_class[c] * CLASS, to = least(from + CLASS, head->columns);
+                for (int64_t v = from; v < to; v++) {
+                    room[found] = z[v * lanes];
+                    found += room[found] > t;
+                }
+            }
             keep_largest(room, found, k, t, out);
         }
     }

@@ -191,8 +191,10 @@ class HeadBlock:
 
         on_threads(pass_on, self._num_tiles, 2 * self._cost_ms)
         if gradients.hidden is not None:
-            total = torch.stack([parts[start] for start in sorted(parts)]).sum(dim=0)
-            gradients.hidden.copy_(total[:, :num_rows].t())
+            first, *others = (parts[start][:, :num_rows].t() for start in sorted(parts))
+            gradients.hidden.copy_(first)
+            for other in others:
+                gradients.hidden.add_(other)
 
     @property
     def _cost_ms(self) -> float:
