@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.dense import Dense
 from ops.formulas import has_formula
-from ops.native_head import HeadGradients, NativeHead, native_head
+from ops.native_head import NativeHead, native_head
 from ops.native_rows import native_rows
 from ops.native_solve import native_solver
 from ops.objectives import Objective
@@ -85,19 +85,25 @@ def head_for(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gradients: HeadGradients,
     *,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
     num_rows: int,
     workspace: Tensor | None,
 ) -> NativeHead | None:
-    """A kernel that makes the logits of a head as well, for blocks of up to ``num_rows``: on CPU in float32, where it can
-    be built and the rows of all matrices are contiguous. In bfloat16 the products of torch run on matrix units.
+    """A kernel that makes the logits of a head as well, for blocks of up to ``num_rows``: on CPU in float32, where it
+    can be built and rows of matrices are contiguous. In bfloat16 the products of torch run on matrix units.
     """
-    tensors = [t for t in (hidden, weight, bias, gradients.hidden, gradients.weight, gradients.bias) if t is not None]
+    tensors = [t for t in (hidden, weight, bias, hidden_grad, weight_grad, bias_grad) if t is not None]
     if hidden.device.type != "cpu" or not all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors):
         return None
     library = native_head()
-    return None if library is None else NativeHead(library, weight, bias, num_rows=num_rows, workspace=workspace)
+    if library is None:
+        return None
+    return NativeHead(
+        library, weight, bias, num_rows=num_rows, weight_grad=weight_grad, bias_grad=bias_grad, workspace=workspace
+    )
 
 
 def has_triton(device: torch.device) -> bool:

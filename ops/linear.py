@@ -4,8 +4,8 @@
 
 Per block three matrix products, all of them needed by any method: z = h Wᵀ (forward), dh = dz W and dW += dzᵀ h
 (backward). The gradient dz takes the place of z in one buffer that all blocks share, and dW grows in place. Where
-``ops.kernels.head_for`` has a kernel for it, products and the work on rows are one (``ops.native_head``); elsewhere torch
-makes the products, before and after.
+``ops.kernels.head_for`` has a kernel for it, products and the work on rows are one pass (``ops.native_head``);
+elsewhere torch makes the products, before and after that work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ops.divergence import Divergence, check_block_rows, pose
 from ops.kernels import head_for
 from ops.listed import Listed
-from ops.native_head import HeadGradients, NativeHead
+from ops.native_head import NativeHead
 from ops.objectives import Objective
 from ops.scores import TeacherScores
 from ops.solve import Conditions
@@ -180,14 +180,6 @@ class Gradients:
     def wanted(self) -> bool:
         return self.hidden is not None or self.weight is not None or self.bias is not None
 
-    def rows(self, rows: slice, num_columns: int) -> HeadGradients:
-        """Of a block, and of the columns that exist."""
-        return HeadGradients(
-            hidden=None if self.hidden is None else self.hidden[rows],
-            weight=None if self.weight is None else self.weight[:num_columns],
-            bias=None if self.bias is None else self.bias[:num_columns],
-        )
-
 
 class Head:
     """A linear head with a problem behind it, and the block loop over both. Holds none of the tensors."""
@@ -257,8 +249,16 @@ class Head:
         out = Columns(num_rows, hidden)
         size = largest_block(num_rows, self.block_rows)
         if isinstance(self.problem, Listed) and self.problem.reads_by_kernel:
-            targets = gradients.rows(slice(0, num_rows), num_columns)
-            native = head_for(hidden, weight, head_bias, targets, num_rows=size, workspace=workspace)
+            native = head_for(
+                hidden,
+                weight,
+                head_bias,
+                hidden_grad=gradients.hidden,
+                weight_grad=None if gradients.weight is None else gradients.weight[:num_columns],
+                bias_grad=None if gradients.bias is None else gradients.bias[:num_columns],
+                num_rows=size,
+                workspace=workspace,
+            )
             if native is not None:
                 self._run_by_kernel(self.problem, native, hidden, gradients, out)
                 return out
@@ -288,11 +288,14 @@ class Head:
     ) -> None:
         for start, end in blocks(len(hidden), self.block_rows):
             rows = slice(start, end)
-            block = native.block(hidden[rows], gradients.rows(rows, problem.num_columns))
+            block = native.block(hidden[rows], None if gradients.hidden is None else gradients.hidden[rows])
             solved = problem.solve(block.logits, start, end, block)
             out.put(start, end, solved)
             if gradients.wanted:
-                solved.write(block.logits, block.logits, None if gradients.row_scale is None else gradients.row_scale[rows])
+                solved.write(
+                    block.logits, block.logits, None if gradients.row_scale is None else gradients.row_scale[rows]
+                )
+        native.end()
         for written in (gradients.hidden, gradients.weight, gradients.bias):
             if written is not None:
                 torch.autograd.graph.increment_version(written)  # behind autograd's back

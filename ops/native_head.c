@@ -1,15 +1,17 @@
 /* A linear head and the work on rows of its logits (ops/rows.py), in float32: products, maxima, sums and gradients while a
  * part of the head is in the second-level cache. ops/native_head.py calls it.
  *
- *     V columns (the vocabulary)    D width    B rows of a block    L lanes: B and what is missing to whole vectors
- *     tile: some columns
+ *     V columns (the vocabulary)    D width    B rows of a block    tile: some columns
+ *     L lanes: rows of the largest block, and what is missing to whole vectors
  *
  * The block of logits is kept transposed, [V, L]: what is summed over columns has rows in its lanes, and all three
  * products find a factor that is read number by number and one that is read by vectors,
  *
  *     z [V, L] = W [V, D] hT [D, L]      dW [V, D] += dz [V, B] h [B, D]      dhT [D, L] += WT [D, V] dz [V, L]
  *
- * Rows that are not there have hidden states of 0; what becomes of them is not looked at.
+ * Blocks follow each other tile by tile: when a tile has passed its gradient on, the next block's logits take its place,
+ * and the head is brought from memory once for both. Lanes that are no rows have hidden states of 0 up to a whole vector;
+ * what becomes of them is not looked at.
  *
  * NaN and +inf are treated as in native_rows.c.
  */
@@ -42,19 +44,29 @@ typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), al
 
 #define ALWAYS static inline __attribute__((always_inline))
 
+/* What all blocks share. */
 typedef struct {
-    int64_t columns, width, rows, lanes, tile; /* tile: columns of one, a multiple of CLASS */
-    int64_t num_ids, weight_stride;
+    int64_t columns, width, lanes, tile; /* tile: columns of one, a multiple of CLASS */
+    int64_t weight_stride, grad_stride;
     const float *weight; /* [V, D], rows weight_stride apart */
     const float *bias;   /* [V], or NULL */
+    float *weight_grad;  /* [V, D], rows grad_stride apart, added to; or NULL */
+    float *bias_grad;    /* [V], added to; or NULL */
     float *logits;       /* [V, L] */
-    float *by_lane;      /* hT by panels: [panels of L, D, PANEL] */
-    float *by_width;     /* h by panels: [panels of D, B, PANEL] */
-    const int64_t *ids;  /* [B, C] of the support; -1: none */
-    int32_t *first;      /* [tiles + 1]: where in `entries` those of a tile begin */
-    int32_t *entries;    /* [B * C]: places in `ids`, by tile */
-    float *maxima;       /* [classes, L] without the support */
+    float *by_lane;      /* hT of the block that begins, by panels: [panels of L, D, PANEL] */
+    float *by_width;     /* h of the block that ends, by panels: [panels of D, B, PANEL] */
+    float *maxima;       /* of the block that begins: [classes, L], without the support */
 } Head;
+
+typedef struct {
+    int64_t rows, num_ids;
+    const int64_t *ids;    /* [B, C] of the support; -1: none */
+    int32_t *first;        /* [tiles + 1]: where in `entries` those of a tile begin */
+    int32_t *entries;      /* [B * C]: places in `ids`, by tile */
+    float *support_logits; /* [B, C] */
+    /* Of its gradient, finite, 0 in lanes that are no rows: [L], [L], [B, C]. */
+    const float *shift, *scale, *support_gradient;
+} Block;
 
 int64_t head_lanes(void) { return LANES; }
 
@@ -173,25 +185,29 @@ static void product_of_columns(int64_t m, int64_t n, int64_t depth, const float 
         }
 }
 
-/* The block's hidden states [B, D] by panels, and its support by tiles. */
-void head_begin(const Head *head, const float *hidden, int64_t stride) {
-    int64_t rows = head->rows, width = head->width, num = rows * head->num_ids;
-    memset(head->by_lane, 0, (size_t)(head_panels(head->lanes) * width) * sizeof(float));
-    memset(head->by_width, 0, (size_t)(head_panels(width) * rows) * sizeof(float));
+/* The hidden states [B, D] of a block that begins, and its support by tiles. */
+void head_begin(const Head *head, const Block *block, const float *hidden, int64_t stride) {
+    int64_t rows = block->rows, width = head->width, num = rows * block->num_ids, tiles = parts_of(head->columns, head->tile);
+    memset(head->by_lane, 0, (size_t)(head_panels(rows) * width) * sizeof(float));
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t d = 0; d < width; d++) {
-            float x = hidden[r * stride + d];
-            head->by_lane[(r / PANEL * width + d) * PANEL + r % PANEL] = x;
-            head->by_width[(d / PANEL * rows + r) * PANEL + d % PANEL] = x;
-        }
-    int64_t tiles = parts_of(head->columns, head->tile);
-    int32_t *first = head->first;
+        for (int64_t d = 0; d < width; d++)
+            head->by_lane[(r / PANEL * width + d) * PANEL + r % PANEL] = hidden[r * stride + d];
+    int32_t *first = block->first;
     memset(first, 0, (size_t)(tiles + 1) * sizeof(int32_t));
     for (int64_t e = 0; e < num; e++)
-        if (head->ids[e] >= 0) first[head->ids[e] / head->tile]++;
+        if (block->ids[e] >= 0) first[block->ids[e] / head->tile]++;
     for (int64_t t = 0; t < tiles; t++) first[t + 1] += first[t]; /* where the tile ends; counted down to its begin */
     for (int64_t e = num - 1; e >= 0; e--)
-        if (head->ids[e] >= 0) head->entries[--first[head->ids[e] / head->tile]] = (int32_t)e;
+        if (block->ids[e] >= 0) block->entries[--first[block->ids[e] / head->tile]] = (int32_t)e;
+}
+
+/* The same hidden states when the block ends. */
+void head_end(const Head *head, const Block *block, const float *hidden, int64_t stride) {
+    int64_t rows = block->rows, width = head->width, size = width / PANEL * PANEL;
+    if (size < width) memset(head->by_width + size * rows, 0, (size_t)(PANEL * rows) * sizeof(float));
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < width; d++)
+            head->by_width[(d / PANEL * rows + r) * PANEL + d % PANEL] = hidden[r * stride + d];
 }
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -201,23 +217,29 @@ static Ahead rows_ahead(const float *matrix, int64_t stride, int64_t from, const
     return (Ahead){(const char *)(matrix + from * stride), (const char *)(matrix + to * stride)};
 }
 
-static void make_logits(const Head *head, int64_t start, int64_t end) {
-    int64_t lanes = head->lanes, width = head->width, stride = head->weight_stride, parts = parts_of(width, DEPTH);
+static int64_t vectors_of(const Block *block) { return parts_of(block->rows, LANES) * LANES; }
+
+static float *logit(const Head *head, const Block *block, int64_t entry) {
+    return head->logits + block->ids[entry] * head->lanes + entry / (int32_t)block->num_ids;
+}
+
+static void make_logits(const Head *head, const Block *block, int64_t start, int64_t end) {
+    int64_t lanes = head->lanes, filled = vectors_of(block), width = head->width, stride = head->weight_stride, parts = parts_of(width, DEPTH);
     float *z = head->logits + start * lanes;
     for (int64_t v = start; head->bias && v < end; v++)
-        for (int64_t l = 0; l < lanes; l++) z[(v - start) * lanes + l] = head->bias[v];
+        for (int64_t l = 0; l < filled; l++) z[(v - start) * lanes + l] = head->bias[v];
     for (int64_t part = 0; part < parts; part++) {
         int64_t d = width * part / parts, depth = width * (part + 1) / parts - d;
-        product_of_rows(end - start, lanes, depth, head->weight + start * stride + d, stride, head->by_lane + d * PANEL,
+        product_of_rows(end - start, filled, depth, head->weight + start * stride + d, stride, head->by_lane + d * PANEL,
                         width * PANEL, z, lanes, part > 0 || head->bias, rows_ahead(head->weight, stride, end, head));
     }
 }
 
 /* Of a class its maximum; and Σ exp(z - most), which is brought to the maximum so far. All while it is in the first-level
  * cache: a pass of its own over the tile for either cost twice as much. */
-ALWAYS void add_class(const float *z, const int64_t size, int64_t lanes, float *maxima, float *most, float *sum) {
+ALWAYS void add_class(const float *z, const int64_t size, int64_t filled, int64_t lanes, float *maxima, float *most, float *sum) {
 #pragma omp simd
-    for (int64_t l = 0; l < lanes; l++) {
+    for (int64_t l = 0; l < filled; l++) {
         float highest = -INFINITY, added = 0.0f;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < size; i++) highest = z[i * lanes + l] > highest ? z[i * lanes + l] : highest;
@@ -230,39 +252,74 @@ ALWAYS void add_class(const float *z, const int64_t size, int64_t lanes, float *
     }
 }
 
-/* Of a tile; its sum is added to `total`, in float64. */
-static void add_tile(const float *z, int64_t columns, int64_t lanes, float *maxima, float *most, double *total,
-                     float *before, float *sum) {
-    for (int64_t l = 0; l < lanes; l++) before[l] = most[l], sum[l] = 0.0f;
+/* Of a tile of logits the largest and Σ exp(z - largest), the latter added up in float64 over tiles. */
+static void add_tile(const float *z, int64_t columns, int64_t filled, int64_t lanes, float *maxima, float *most,
+                     double *total, float *before, float *sum) {
+    for (int64_t l = 0; l < filled; l++) before[l] = most[l], sum[l] = 0.0f;
     int64_t whole = columns / CLASS * CLASS;
     for (int64_t v = 0; v < whole; v += CLASS)
-        add_class(z + v * lanes, CLASS, lanes, maxima + v / CLASS * lanes, most, sum);
+        add_class(z + v * lanes, CLASS, filled, lanes, maxima + v / CLASS * lanes, most, sum);
     if (whole < columns)
-        add_class(z + whole * lanes, columns - whole, lanes, maxima + whole / CLASS * lanes, most, sum);
+        add_class(z + whole * lanes, columns - whole, filled, lanes, maxima + whole / CLASS * lanes, most, sum);
 #pragma omp simd
-    for (int64_t l = 0; l < lanes; l++)
+    for (int64_t l = 0; l < filled; l++)
         total[l] = total[l] * exponential(before[l] - (most[l] == -INFINITY ? 0.0f : most[l])) + sum[l];
 }
 
-/* Logits of tiles [start, end), and of their tail the largest [L] and Σ exp(z - largest) [L]. Logits of the support
- * [B, C] are kept in support_logits, and are -inf among the others until head_finish.
- *
- * scratch: 2 L floats. */
-void head_reduce(const Head *head, int64_t start, int64_t end, float *support_logits, float *most, double *total,
-                 float *scratch) {
+/* Logits of a tile, and of their tail the largest [L] and Σ exp(z - largest) [L] with those before. Logits of the support
+ * are kept aside, and are -inf among the others until head_finish. */
+static void reduce_tile(const Head *head, const Block *block, int64_t tile, int64_t from, int64_t to, float *most,
+                        double *total, float *scratch) {
     int64_t lanes = head->lanes;
-    for (int64_t l = 0; l < lanes; l++) most[l] = -INFINITY, total[l] = 0.0;
+    make_logits(head, block, from, to);
+    for (int64_t i = block->first[tile]; i < block->first[tile + 1]; i++) {
+        int32_t e = block->entries[i];
+        float *z = logit(head, block, e);
+        block->support_logits[e] = *z;
+        *z = -INFINITY;
+    }
+    add_tile(head->logits + from * lanes, to - from, vectors_of(block), lanes, head->maxima + from / CLASS * lanes, most,
+             total, scratch, scratch + lanes);
+}
+
+/* The gradient of a tile in place of its logits: scale exp(z - shift) on the tail, and what is given on the support; and
+ * what follows from it. hidden_grad: [D, L], added to; or NULL. */
+static void expand_tile(const Head *head, const Block *block, int64_t tile, int64_t from, int64_t to, float *hidden_grad) {
+    int64_t lanes = head->lanes, rows = block->rows, filled = vectors_of(block), columns = to - from;
+    float *z = head->logits + from * lanes;
+    for (int64_t v = 0; v < columns; v++) {
+        const float *shift = block->shift, *scale = block->scale;
+#pragma omp simd
+        for (int64_t l = 0; l < filled; l++) z[v * lanes + l] = exponential(z[v * lanes + l] - shift[l]) * scale[l];
+    }
+    for (int64_t i = block->first[tile]; i < block->first[tile + 1]; i++)
+        *logit(head, block, block->entries[i]) = block->support_gradient[block->entries[i]];
+    for (int64_t v = 0; head->bias_grad && v < columns; v++) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t r = 0; r < rows; r++) sum += z[v * lanes + r];
+        head->bias_grad[from + v] += sum;
+    }
+    float *grad = head->weight_grad;
+    for (int64_t r = 0; grad && r < rows; r += DEPTH)
+        product_of_rows(columns, head->width, least(rows - r, DEPTH), z + r, lanes, head->by_width + r * PANEL,
+                        rows * PANEL, grad + from * head->grad_stride, head->grad_stride, 1,
+                        rows_ahead(grad, head->grad_stride, to, head));
+    if (hidden_grad)
+        product_of_columns(head->width, filled, columns, head->weight + from * head->weight_stride, head->weight_stride, z,
+                           lanes, hidden_grad, lanes, rows_ahead(head->weight, head->weight_stride, to, head));
+}
+
+/* Of tiles [start, end): one block ends, and the next one begins. Either may be NULL.
+ *
+ * most, total: [L], overwritten.   scratch: 2 L floats.   The three are of the block that begins. */
+void head_pass(const Head *head, const Block *ends, const Block *begins, int64_t start, int64_t end, float *hidden_grad,
+               float *most, double *total, float *scratch) {
+    for (int64_t l = 0; begins && l < head->lanes; l++) most[l] = -INFINITY, total[l] = 0.0;
     for (int64_t t = start; t < end; t++) {
         int64_t from = t * head->tile, to = least(from + head->tile, head->columns);
-        make_logits(head, from, to);
-        for (int64_t i = head->first[t]; i < head->first[t + 1]; i++) {
-            int32_t e = head->entries[i];
-            float *z = head->logits + head->ids[e] * lanes + e / (int32_t)head->num_ids;
-            support_logits[e] = *z;
-            *z = -INFINITY;
-        }
-        add_tile(head->logits + from * lanes, to - from, lanes, head->maxima + from / CLASS * lanes, most, total, scratch,
-                 scratch + lanes);
+        if (ends) expand_tile(head, ends, t, from, to, hidden_grad);
+        if (begins) reduce_tile(head, begins, t, from, to, most, total, scratch);
     }
 }
 
@@ -313,9 +370,9 @@ static int64_t list_above(const float *x, int64_t step, int64_t num, const int32
 static int64_t groups_of(const Head *head) { return parts_of(head_classes(head->columns), FOLD); }
 
 /* Of one vector of rows: maxima of groups and the support, lists of groups and classes, and their logits. */
-int64_t head_scratch_floats(const Head *head) {
+int64_t head_scratch_floats(const Head *head, const Block *block) {
     int64_t groups = groups_of(head);
-    return (groups + head->num_ids) * LANES + groups * (1 + FOLD + FOLD * CLASS) + 3;
+    return (groups + block->num_ids) * LANES + groups * (1 + FOLD + FOLD * CLASS) + 3;
 }
 
 /* Reduced.largest (ops/rows.py) of rows [start, end), of whole vectors but for the last one; NaN where the sum is. Puts the
@@ -323,11 +380,12 @@ int64_t head_scratch_floats(const Head *head) {
  *
  * If k maxima of groups and numbers of the support are at least t, so are k logits; and what is above t is in a class and a
  * group whose maxima are. */
-void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const float *tail_sum,
-                 const float *support_logits, float *largest, float *scratch) {
-    int64_t lanes = head->lanes, classes = head_classes(head->columns), groups = groups_of(head);
+void head_finish(const Head *head, const Block *block, int64_t start, int64_t end, int64_t k, const float *tail_sum,
+                 float *largest, float *scratch) {
+    const float *support_logits = block->support_logits;
+    int64_t num_ids = block->num_ids, lanes = head->lanes, classes = head_classes(head->columns), groups = groups_of(head);
     Vector *coarse = (Vector *)scratch;
-    int64_t num = groups + head->num_ids;
+    int64_t num = groups + num_ids;
     int32_t *by_group = (int32_t *)(scratch + num * LANES), *by_class = by_group + groups + 1;
     float *room = (float *)(by_class + groups * FOLD + 1);
     for (int64_t row = start; k > 0 && row < end; row += LANES) {
@@ -342,9 +400,9 @@ void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const 
             }
             memcpy(coarse + g, highest, sizeof(highest));
         }
-        for (int64_t c = 0; c < head->num_ids; c++)
+        for (int64_t c = 0; c < num_ids; c++)
             for (int64_t l = 0; l < LANES; l++)
-                coarse[groups + c][l] = row + l < end ? support_logits[(row + l) * head->num_ids + c] : -INFINITY;
+                coarse[groups + c][l] = row + l < end ? support_logits[(row + l) * num_ids + c] : -INFINITY;
         float bound[LANES];
         thresholds(coarse, num, k, bound);
         for (int64_t l = 0; l < least(end - row, LANES); l++) {
@@ -368,49 +426,6 @@ void head_finish(const Head *head, int64_t start, int64_t end, int64_t k, const 
             keep_largest(room, found, k, t, out);
         }
     }
-    for (int64_t e = start * head->num_ids; e < end * head->num_ids; e++)
-        if (head->ids[e] >= 0) head->logits[head->ids[e] * lanes + e / (int32_t)head->num_ids] = support_logits[e];
-}
-
-/* The gradient of a tile in place of its logits: scale exp(z - shift) on the tail, and what is given on the support. */
-static void expand_tile(const Head *head, int64_t tile, int64_t from, int64_t to, const float *shift, const float *scale,
-                        const float *support_gradient) {
-    int64_t lanes = head->lanes;
-    for (int64_t v = from; v < to; v++) {
-        float *z = head->logits + v * lanes;
-#pragma omp simd
-        for (int64_t l = 0; l < lanes; l++) z[l] = exponential(z[l] - shift[l]) * scale[l];
-    }
-    for (int64_t i = head->first[tile]; i < head->first[tile + 1]; i++) {
-        int32_t e = head->entries[i];
-        head->logits[head->ids[e] * lanes + e / (int32_t)head->num_ids] = support_gradient[e];
-    }
-}
-
-/* Of tiles [start, end) the gradient, and what follows from it; NULL where it is not wanted.
- *
- * shift, scale: [L], finite, 0 in lanes that are no rows.   support_gradient: [B, C].
- * weight_grad: [V, D], rows grad_stride apart, added to.    bias_grad: [V], added to.
- * hidden_grad: [D, L], added to. */
-void head_expand(const Head *head, int64_t start, int64_t end, const float *shift, const float *scale,
-                 const float *support_gradient, float *weight_grad, int64_t grad_stride, float *bias_grad,
-                 float *hidden_grad) {
-    int64_t lanes = head->lanes, rows = head->rows, width = head->width, stride = head->weight_stride;
-    for (int64_t t = start; t < end; t++) {
-        int64_t from = t * head->tile, to = least(from + head->tile, head->columns), columns = to - from;
-        float *z = head->logits + from * lanes;
-        expand_tile(head, t, from, to, shift, scale, support_gradient);
-        for (int64_t v = from; bias_grad && v < to; v++) {
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t r = 0; r < rows; r++) sum += head->logits[v * lanes + r];
-            bias_grad[v] += sum;
-        }
-        for (int64_t r = 0; weight_grad && r < rows; r += DEPTH)
-            product_of_rows(columns, width, least(rows - r, DEPTH), z + r, lanes, head->by_width + r * PANEL, rows * PANEL,
-                            weight_grad + from * grad_stride, grad_stride, 1, rows_ahead(weight_grad, grad_stride, to, head));
-        if (hidden_grad)
-            product_of_columns(width, lanes, columns, head->weight + from * stride, stride, z, lanes, hidden_grad, lanes,
-                               rows_ahead(head->weight, stride, to, head));
-    }
+    for (int64_t e = start * num_ids; e < end * num_ids; e++)
+        if (block->ids[e] >= 0) *logit(head, block, e) = support_logits[e];
 }

@@ -82,7 +82,12 @@ def _compiler() -> list[str]:
 
 
 def _path(compile_command: list[str]) -> Path:
-    parts = (*(source.read_text() for source in (*_SOURCES, *_HEADERS)), *compile_command, platform.machine(), _processor())
+    parts = (
+        *(source.read_text() for source in (*_SOURCES, *_HEADERS)),
+        *compile_command,
+        platform.machine(),
+        _processor(),
+    )
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return _cache() / f"native-{name}.so"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,11 +90,12 @@ _STEP = 16
 
 
 def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of ceil(T / block_rows) blocks, as even as can be, as a short one takes nearly the time of a long one;
-    but multiples of 16 rows where these fit."""
-    num_blocks = -(-num_rows // block_rows)
-    step = _STEP if _largest(num_rows, num_blocks, _STEP) <= block_rows else 1
-    num_steps = -(-num_rows // step)
+    """[start, end) of ceil(T / block_rows) blocks, as even as can be, as a short one takes nearly the time of a long
+    one; but multiples of 16 rows where these fit."""
+    num_blocks = math.ceil(num_rows / block_rows)
+    fits = num_blocks * (block_rows // _STEP) >= math.ceil(num_rows / _STEP)
+    step = _STEP if fits else 1
+    num_steps = math.ceil(num_rows / step)
     ends = [min(num_steps * i // num_blocks * step, num_rows) for i in range(1, num_blocks + 1)]
     return zip([0, *ends], ends, strict=False)
 
@@ -101,7 +103,3 @@ def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
 def largest_block(num_rows: int, block_rows: int) -> int:
     """Rows of the largest of ``blocks``."""
     return max((end - start for start, end in blocks(num_rows, block_rows)), default=0)
-
-
-def _largest(num_rows: int, num_blocks: int, step: int) -> int:
-    return -(-(-(-num_rows // step)) // max(num_blocks, 1)) * step
