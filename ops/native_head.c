@@ -88,14 +88,15 @@ int64_t head_classes(int64_t columns) { return parts_of(columns, CLASS); }
 
 int64_t head_panels(int64_t n) { return parts_of(n, PANEL) * PANEL; }
 
-/* c [m, n vectors] = or += a [m, depth] b [depth, n vectors]; lines from `ahead` on are brought to the second level. */
+/* c [m, n vectors] = or += a [m, depth] b [depth, n vectors]; lines from `ahead` on are brought to the second level. What is
+ * there is added at the end: so a sum over the vocabulary is one of short sums, and loses less. */
 ALWAYS void multiply(const int m, const int n, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                      const float *b, int64_t b_step, float *c, int64_t c_row, int is_sum, const char *ahead) {
     Vector sum[TALL][2];
 #pragma GCC unroll 14
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < n; j++) sum[i][j] = is_sum ? *(Vector *)(c + i * c_row + j * LANES) : (Vector){0.0f};
+        for (int j = 0; j < n; j++) sum[i][j] = (Vector){0.0f};
     for (int64_t k = 0; k < depth; k++) {
         Vector right[2];
 #pragma GCC unroll 2
@@ -113,7 +114,11 @@ ALWAYS void multiply(const int m, const int n, int64_t depth, const float *a, in
 #pragma GCC unroll 14
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 2
-        for (int j = 0; j < n; j++) *(Vector *)(c + i * c_row + j * LANES) = sum[i][j];
+        for (int j = 0; j < n; j++) {
+            Vector *to = (Vector *)(c + i * c_row + j * LANES);
+            if (is_sum) sum[i][j] += *to;
+            *to = sum[i][j];
+        }
 }
 
 #define HEIGHT(M)                                                                                                      \
