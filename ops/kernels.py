@@ -92,14 +92,17 @@ def head_for(
     num_rows: int,
     workspace: Tensor | None,
 ) -> NativeHead | None:
-    """A kernel that makes the logits of a head as well, for blocks of up to ``num_rows``: on CPU in float32, where it
-    can be built and rows of matrices are contiguous. In bfloat16 the products of torch run on matrix units.
+    """A kernel that makes the logits of a head as well, for blocks of up to ``num_rows``; None: torch makes them.
+
+    On CPU in float32, where it can be built, rows of matrices are contiguous, and blocks neither have fewer rows than
+    two vectors nor more numbers than the second-level cache: beyond, torch's products are as fast or faster. In
+    bfloat16 they run on matrix units.
     """
     tensors = [t for t in (hidden, weight, bias, hidden_grad, weight_grad, bias_grad) if t is not None]
     if hidden.device.type != "cpu" or not all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors):
         return None
     library = native_head()
-    if library is None:
+    if library is None or not library.head_suits(hidden.shape[1], num_rows):
         return None
     return NativeHead(
         library, weight, bias, num_rows=num_rows, weight_grad=weight_grad, bias_grad=bias_grad, workspace=workspace

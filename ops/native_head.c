@@ -72,16 +72,25 @@ int64_t head_lanes(void) { return LANES; }
 
 static int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-/* So many columns that half of the second-level cache has the head and its gradient of this tile and of the next one, which
- * is on its way. Below 64 the hidden states, which each tile reads, would cost more than that spares. */
-int64_t head_tile(int64_t width, int64_t lanes) {
+static int64_t cache_bytes(void) {
     int64_t bytes = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
     bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    if (bytes <= 0) bytes = 1 << 20;
-    int64_t columns = bytes / 2 / ((4 * width + 2 * lanes) * (int64_t)sizeof(float)) / CLASS * CLASS;
-    return columns < 64 ? 64 : columns > DEPTH ? DEPTH : columns;
+    return bytes > 0 ? bytes : 1 << 20;
+}
+
+/* It is worth it: rows fill two vectors, and what each tile reads of a block, the hidden states in two orders and their
+ * gradient, stays in the second-level cache. */
+int64_t head_suits(int64_t width, int64_t rows) {
+    return rows >= PANEL && 3 * rows * width * (int64_t)sizeof(float) <= cache_bytes();
+}
+
+/* So many columns that a quarter of that cache has their part of the head, of its gradient and of the logits, and of the
+ * next tile's, which are on their way. */
+int64_t head_tile(int64_t width, int64_t lanes) {
+    int64_t columns = cache_bytes() / 4 / ((4 * width + 2 * lanes) * (int64_t)sizeof(float)) / CLASS * CLASS;
+    return columns < 64 ? 64 : columns > 128 ? 128 : columns;
 }
 
 int64_t head_classes(int64_t columns) { return parts_of(columns, CLASS); }

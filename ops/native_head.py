@@ -237,6 +237,7 @@ def native_head() -> ctypes.CDLL | None:
     head, block = ctypes.POINTER(_Head), ctypes.POINTER(_Block)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "head_lanes": (number, []),
+        "head_suits": (number, [number, number]),
         "head_tile": (number, [number, number]),
         "head_classes": (number, [number]),
         "head_panels": (number, [number]),

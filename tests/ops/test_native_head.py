@@ -27,7 +27,10 @@ from ops.native_head import NativeHead, native_head
 from ops.native_library import load_library
 from ops.rows import Reduced
 from ops.solved import blocks, largest_block
+from tests.ops import on_ranks
 from tests.ops.cases import OBJECTIVES, make_scores
+from tests.ops.test_shards import EVERYTHING
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -253,14 +256,23 @@ def test_what_is_not_a_number_is_seen_in_value_and_gradient(library: ctypes.CDLL
 def test_it_is_the_head_of_the_cpu_in_float32_alone(library: ctypes.CDLL) -> None:
     def chosen(hidden: Tensor, weight: Tensor) -> NativeHead | None:
         return head_for(
-            hidden, weight, None, hidden_grad=None, weight_grad=None, bias_grad=None, num_rows=4, workspace=None
+            hidden,
+            weight,
+            None,
+            hidden_grad=None,
+            weight_grad=None,
+            bias_grad=None,
+            num_rows=len(hidden),
+            workspace=None,
         )
 
-    hidden, weight = torch.zeros(4, 3), torch.zeros(5, 3)
+    hidden, weight = torch.zeros(40, 3), torch.zeros(5, 3)
     assert chosen(hidden, weight) is not None
     assert chosen(hidden.double(), weight.double()) is None
     assert chosen(hidden.bfloat16(), weight.bfloat16()) is None
     assert chosen(hidden, torch.zeros(3, 5).t()) is None
+    assert chosen(hidden[:3], weight) is None
+    assert chosen(torch.zeros(40, 2**20), torch.zeros(5, 2**20)) is None
 
 
 def test_a_library_that_computes_something_else_is_not_used(
@@ -287,7 +299,7 @@ class Student:
     scores: TeacherScores
 
 
-def make_student(*, num_rows: int = 45, top_k: int = 9, scale: float = 1.0, seed: int = 0) -> Student:
+def make_student(*, num_rows: int = 75, top_k: int = 9, scale: float = 1.0, seed: int = 0) -> Student:
     random = torch.Generator().manual_seed(seed)
     hidden, weight, bias, noise = (
         torch.randn(shape, generator=random) for shape in ((num_rows, D), (V, D), (V,), (num_rows, V))
@@ -304,7 +316,7 @@ def check_student(student: Student, objective: Objective, **options: Any) -> Non
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     random = torch.Generator().manual_seed(1)
     above = torch.rand(len(student.hidden), generator=random)
-    found = linear_divergence(objective, leaves[0], leaves[1], student.scores, leaves[2], block_rows=32, **options)
+    found = linear_divergence(objective, leaves[0], leaves[1], student.scores, leaves[2], block_rows=48, **options)
     expected = divergence(objective, torch.addmm(exact[2], exact[0], exact[1].t()), student.scores, **options)
     torch.testing.assert_close(found.values.double(), expected.values, rtol=2e-4, atol=2e-5)
     for name, metric in found.metrics.items():
@@ -330,7 +342,7 @@ def test_every_objective_is_that_of_the_whole_logits(library: ctypes.CDLL, objec
     [
         {"vocab_size": 300},
         {"temperature": 1.7, "square_temperature": True},
-        {"clamp": 0.05, "token_weights": torch.linspace(0.0, 2.0, 45)},
+        {"clamp": 0.05, "token_weights": torch.linspace(0.0, 2.0, 75)},
     ],
     ids=str,
 )
@@ -339,7 +351,7 @@ def test_options_are_those_of_the_whole_logits(library: ctypes.CDLL, options: di
     if "vocab_size" in options:
         student.weight[300:] = 1e3  # padding may hold anything
         student.scores.top_ids.clamp_(max=299)
-        first = torch.arange(9).expand(45, 9)
+        first = torch.arange(9).expand(75, 9)
         student = Student(
             hidden=student.hidden,
             weight=student.weight,
@@ -347,8 +359,8 @@ def test_options_are_those_of_the_whole_logits(library: ctypes.CDLL, options: di
             scores=TeacherScores(
                 top_ids=first,
                 top_logprobs=student.scores.top_logprobs,
-                sampled_ids=torch.full((45,), 299),
-                sampled_logprobs=torch.full((45,), -9.0),
+                sampled_ids=torch.full((75,), 299),
+                sampled_logprobs=torch.full((75,), -9.0),
             ),
         )
     check_student(student, ForwardKL(), **options)
@@ -371,7 +383,7 @@ def test_extreme_logits_stay_finite(library: ctypes.CDLL) -> None:
         student.bias,
         hidden_grad=hidden_grad,
         head_grad=weight_grad,
-        block_rows=16,
+        block_rows=48,
     )
 
     assert out.values.isfinite().all()
@@ -395,8 +407,8 @@ def test_a_workspace_holds_the_block_and_changes_nothing(library: ctypes.CDLL) -
         )
         return [out.values, *buffers]
 
-    workspace = torch.full((16, V), torch.nan)
-    found, expected = gradients(workspace=workspace), gradients(block_rows=16)
+    workspace = torch.full((48, V), torch.nan)
+    found, expected = gradients(workspace=workspace), gradients(block_rows=48)
 
     assert not workspace.isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -414,3 +426,22 @@ def test_blocks_follow_each_other_as_even_as_can_be(num_rows: int, block_rows: i
     if len(sizes) > 1:
         assert max(sizes[:-1]) - min(sizes[:-1]) <= 16
         assert block_rows < 16 or block_rows % 16 or not any(size % 16 for size in sizes[:-1])
+
+
+@pytest.mark.parametrize("objective", [ForwardKL(), EVERYTHING], ids=repr)
+def test_a_head_split_over_ranks_is_the_whole_one(library: ctypes.CDLL, ranks: Ranks, objective: Objective) -> None:
+    student = make_student()
+    leaves = [tensor.clone().requires_grad_() for tensor in (student.hidden, student.weight, student.bias)]
+    whole = linear_divergence(objective, leaves[0], leaves[1], student.scores, leaves[2])
+    hidden_grad, head_grad, bias_grad = torch.autograd.grad(whole.values.sum(), leaves)
+
+    parts = ranks.run(
+        on_ranks.solve_linear, 3, objective, *(leaf.detach() for leaf in leaves), student.scores, [111, 110, 110],
+        {"block_rows": 48},
+    )  # fmt: skip
+
+    for part in parts:
+        torch.testing.assert_close(part.values, whole.values.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.hidden_grad, hidden_grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part.head_grad for part in parts]), head_grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part.bias_grad for part in parts]), bias_grad, rtol=1e-4, atol=1e-5)
