@@ -5,11 +5,7 @@
  *
  * Plain loops that a compiler turns into vectors. NaN stays NaN: comparisons are such that it is not replaced.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#include "native_float.h"
+#include "native_numbers.h"
 
 /* log(1 + x) of 0 <= x <= 1: 2 artanh(s), s = x/(2 + x) up to 1/3, by the series. */
 static inline float logarithm_1p(float x) {

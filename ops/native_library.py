@@ -23,8 +23,8 @@ SWITCH = "SLIPSTREAM_NATIVE"
 """Environment variable: 0 leaves the work to torch."""
 
 _log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_rows.c", "native_solve.c", "native_dense.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("native_float.h", "native_terms.h"))
+_SOURCES = tuple(Path(__file__).with_name(f"native_{name}.c") for name in ("rows", "solve", "dense", "head"))
+_HEADERS = tuple(Path(__file__).with_name(f"native_{name}.h") for name in ("numbers", "terms"))
 _OPTIONS = (
     "-std=gnu11",
     "-O3",
