@@ -356,6 +356,7 @@ def _trainer(recipe: Recipe, run_dir: RunDir) -> Trainer:
             student=recipe.student,
             objective=recipe.objective,
             steps=recipe.steps,
+            rollouts_per_step=recipe.rollouts_per_step,
             seed=recipe.seed,
             folder=run_dir.ranks,
         )

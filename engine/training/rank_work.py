@@ -92,6 +92,8 @@ class RankWork(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's share of one call. The number of micro-batches is the same on every rank."""
 
     micro_batches: tuple[RankMicroBatch, ...]
+    is_last: bool = False
+    """Of an ``accumulate``: ``finish_step`` comes next, so gradients may be on their way before. False: not known."""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,9 +4,11 @@ part of, so that any layout of the same student goes on from it.
     trainer/    *.distcp    weights, master weights, moments, the router's biases
                 state.json  the step, and how many updates AdamW has made
 
-Two things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
+Three things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
 where experts are spread over ranks, and saves each part's settings; here the tensors alone are saved, and settings come
-from the recipe. And its writer starts two processes on every rank at each save; here the rank writes by itself.
+from the recipe. Its writer starts two processes on every rank at each save; here the rank writes by itself. And of
+what it gathers it takes the padding between buckets out and then looks for parameters where they were with it, so that
+one is saved with the moments of another (its own comment suspects as much); here they stay where they are.
 
 The index of this format (``.metadata``) is a pickle, which torch reads: the one file of ours of which that is so. Who
 can write to a run's folder can run code in what resumes from it.
@@ -14,12 +16,14 @@ can write to a run's folder can run code in what resumes from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -29,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -106,9 +111,28 @@ def _sharded(chunk: DistributedDataParallel, optimizer: StepOptimizer, *, is_loa
     model = unwrapped(chunk).sharded_state_dict(metadata=metadata)
     tensors: dict[str, Any] = {"model": model}
     for number, part in enumerate(optimizer.megatron.chained_optimizers):
+        part.get_parameter_state_dp_zero = partial(_padded_state, part)
         whole = part.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         tensors[f"optimizer.{number}"] = whole["param_state"]
     return tensors
+
+
+def _padded_state(part: Any, **options: Any) -> dict[Any, Any]:
+    """Megatron's ``get_parameter_state_dp_zero``, with every parameter's state where ``param_index_map`` says."""
+    state: dict[Any, Any] = type(part).get_parameter_state_dp_zero(part, **options)
+    for number, buffer in enumerate(part.buffers):
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[name] = _with_padding(tensors[name], buffer.buckets)
+    return state
+
+
+def _with_padding(packed: Tensor, buckets: Sequence[Any]) -> Tensor:
+    """[elements of all buckets, padding included], of what has them one after the other."""
+    padded = packed.new_zeros(sum(len(bucket.grad_data) for bucket in buckets))
+    for bucket, values in zip(buckets, torch.split(packed, [bucket.numel_unpadded for bucket in buckets]), strict=True):
+        padded[bucket.offset : bucket.offset + len(values)] = values
+    return padded
 
 
 def _read_state(folder: Path) -> _State:

@@ -26,6 +26,8 @@ class StepSums:
     """One rank's. What several ranks know alike is added on one of them (but ``num_calls`` and ``num_rows``)."""
 
     num_calls: int = 0
+    is_complete: bool = False
+    """The step's last call has been made."""
     num_rows: int = 0
     """Response tokens whose rows went through this rank: what Megatron divides the gradient by, from the last stage."""
     num_rollouts: int = 0

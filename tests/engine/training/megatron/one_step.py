@@ -76,7 +76,7 @@ def step(name: str, dtype: Literal["float32", "bfloat16"]) -> dict[str, object]:
     parallel.initialize(learner.megatron)
     (model,) = build_model(shape, learner.megatron)
     fill(model)
-    chunk = wrap(model)
+    chunk = wrap(model, learner.megatron)
     optimizer = StepOptimizer(chunk, learner)
     device = next(model.parameters()).device
     rollouts = make_rollouts(6, vocab_size=shape.vocab_size)

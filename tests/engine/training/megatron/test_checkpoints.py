@@ -17,11 +17,12 @@ from tests.support.worlds import Worlds
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {},
     "DP2": {"data_parallel": 2},
-    "TP2": {"tensor_parallel": 2},
+    "TP2": {"tensor_parallel": 2, "sequence_parallel": False},
+    "TP2 SP": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},
     "EP2": {"data_parallel": 2, "expert_parallel": 2},
-    "TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
-    "TP2 EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
 }
 
 
@@ -39,11 +40,12 @@ def run(worlds: Worlds, folder: Path, layout: str, *arguments: Any) -> list[Step
 @pytest.mark.parametrize(
     ("name", "saved_in", "resumed_in"),
     [
-        ("qwen3", "TP2 PP2", ["1", "DP2", "TP2"]),
+        ("qwen3", "TP2 SP PP2", ["1", "DP2", "TP2", "TP2 SP"]),
+        ("qwen3", "TP2", ["1", "TP2 SP", "PP2"]),
         ("qwen3", "DP2", ["PP2"]),
         # Experts have an optimizer of their own only where they are spread.
-        ("moonlight", "EP2", ["1", "TP2 EP2 PP2"]),
-        ("moonlight", "1", ["EP2", "TP2"]),
+        ("moonlight", "EP2", ["1", "TP2 SP EP2 PP2"]),
+        ("moonlight", "1", ["EP2", "TP2 SP"]),
     ],
 )
 def test_the_next_two_steps_are_the_same_in_another_layout(
@@ -64,7 +66,8 @@ def test_the_next_two_steps_are_the_same_in_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "saved_after"), [("qwen3", "TP2", 1), ("moonlight", "EP2", 1), ("qwen3", "1", 0)]
+    ("name", "layout", "saved_after"),
+    [("qwen3", "TP2 SP", 1), ("qwen3", "TP2", 1), ("moonlight", "EP2", 1), ("qwen3", "1", 0)],
 )
 def test_in_the_same_layout_it_goes_on_bit_for_bit(
     name: str, layout: str, saved_after: int, worlds: Worlds, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,33 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from engine.errors import NonFiniteError
+from engine.training.megatron_inside import model as model_module
 from engine.training.megatron_inside import versions
+from engine.training.megatron_inside.config import ddp_config
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
 from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
 from engine.training.protocol import EvalResult
 from engine.training.rank_work import RankRollout, RankSettings, RankWork
+from engine.transport.manifest import digest_of
 from engine.transport.shared_arrays import SharedBuffers
 from engine.types import StepReport
-from tests.engine.training.megatron.rank_cases import Pieces, Steps, deal
+from tests.engine.training.megatron.rank_cases import Overlapped, Pieces, Steps, deal
 
 
 def make(settings: RankSettings) -> MegatronRankTrainer:
     return make_trainer(settings=settings, buffers=SharedBuffers())
 
 
-def dealt(rollouts: Sequence[RankRollout]) -> RankWork:
+def dealt(rollouts: Sequence[RankRollout], *, is_last: bool = False) -> RankWork:
     """This rank's share."""
     return deal(
         rollouts,
         share=parallel_state.get_data_parallel_rank(),
         num_shares=parallel_state.get_data_parallel_world_size(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_last=is_last,
     )
 
 
@@ -75,6 +80,65 @@ def train(
     take_steps(trainer, then, seen)
     trainer.stop()
     return seen
+
+
+def train_overlapped(
+    settings: RankSettings,
+    steps: Sequence[Sequence[Sequence[RankRollout]]],
+    options: dict[str, Any],
+) -> Overlapped:
+    """Steps of calls of rollouts.
+
+    Args:
+        options: those of ``_train_overlapped``; calls of a world are positional.
+    """
+    return _train_overlapped(settings, steps, **options)
+
+
+def _train_overlapped(
+    settings: RankSettings,
+    steps: Sequence[Sequence[Sequence[RankRollout]]],
+    *,
+    bucket_size: int | None = None,
+    tells_last: bool = True,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> Overlapped:
+    """
+    Args:
+        bucket_size: in parameters; None: Megatron's own, in which these students are one bucket.
+        tells_last: whether ranks know a step's last call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model_module, "ddp_config", lambda layout: dataclasses.replace(ddp_config(layout), bucket_size=bucket_size)
+        )
+        trainer = make(settings)
+        trainer.start() if load is None else trainer.load(load)
+    chunk = trainer._loaded.chunk
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    seen, late = Overlapped([], [], [], [], ""), ""
+    for calls in steps:
+        for rollouts in calls:
+            trainer.accumulate(dealt(rollouts, is_last=tells_last and rollouts is calls[-1]))
+        if tells_last:
+            with pytest.raises(RuntimeError) as raised:
+                trainer.accumulate(dealt(calls[-1]))
+            late = str(raised.value)
+        seen.sums_begun.append((sum(group.grad_reduce_handle is not None for group in groups), len(groups)))
+        done = trainer.finish_step()
+        seen.steps.extend([] if done is None else [done])
+        seen.gathers_begun.append((sum(group.param_gather_handle is not None for group in groups), len(groups)))
+        exported = [
+            pair
+            for bucket in trainer.export(bucket_bytes=1 << 30)
+            for pair in zip(bucket.names, bucket.tensors, strict=True)
+        ]
+        seen.versions.extend([digest_of(exported)] if exported else [])
+    if save is not None:
+        trainer.save(save)
+    trainer.stop()
+    return seen._replace(late=late)
 
 
 def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[Sequence[RankRollout]]]) -> Steps:
