@@ -1,5 +1,5 @@
 """Three training steps of tiny students on one rank, on whatever device there is: ``python -m … FOLDER DTYPE``, and
-``overlap`` if one likes. Needs torch, Megatron-core and msgspec, no transformers: weights are a function of their names.
+perhaps ``overlap``. Needs torch, Megatron-core and msgspec, no transformers: weights are a function of their names.
 
 Writes ``out.pt``: of the first step loss, gradient norm, and the gradient of every parameter; after the last, weights.
 ``overlap``: sums and gathers go on beside the passes, in buckets of a few thousand parameters.
