@@ -17,10 +17,11 @@ from typing import Any
 from engine.generation.protocol import Bucket
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
+from engine.tracing import log
 from engine.training import batch as batches
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.rank_plan import plan
-from engine.training.rank_work import FACTORY, RankReport, RankSettings, RankTrainer, RankWork
+from engine.training.rank_work import FACTORY, RankReport, RankSettings, RankStep, RankTrainer, RankWork
 from engine.transport.manifest import digest_of
 from engine.transport.rank_group import RankGroup
 from engine.types import ScoredRollout, StepReport
@@ -119,9 +120,13 @@ class MegatronTrainer:
         """Also raises RuntimeError when nothing was accumulated."""
         if self._num_accumulated == 0:
             raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
-        report: StepReport = self._of_rank_0(self._call("finish_step"), "finish_step")
+        done: RankStep = self._of_rank_0(self._call("finish_step"), "finish_step")
+        report = done.report
         self._num_accumulated = 0
         self.version = report.step
+        if done.expert_tokens:
+            layers, tokens = list(done.expert_tokens), list(done.expert_tokens.values())
+            log.info("router.counted", step=report.step, layers=layers, tokens=tokens)
         return report
 
     def evaluate(self, scored: Sequence[ScoredRollout[Scores]]) -> list[EvalResult]:

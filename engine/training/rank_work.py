@@ -109,6 +109,14 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of one rollout, in the first call of a step; its ``index`` is a ``RankRollout.index``."""
 
 
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 says of a step, over all ranks."""
+
+    report: StepReport
+    expert_tokens: dict[int, tuple[int, ...]] = {}
+    """Of each layer with experts, counted from 0: tokens that were routed to each of them; no padding."""
+
+
 class RankTrainer(Protocol):
     """One rank's side of the learner. All methods are collective: every rank calls them, with its own work.
 
@@ -128,8 +136,8 @@ class RankTrainer(Protocol):
 
     def accumulate(self, work: RankWork) -> RankReport | None: ...
 
-    def finish_step(self) -> StepReport | None:
-        """Rank 0 reports, over all ranks."""
+    def finish_step(self) -> RankStep | None:
+        """Rank 0 reports."""
         ...
 
     def evaluate(self, work: RankWork) -> Sequence[tuple[int, EvalResult]] | None:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.metric_catalogue import OBJECTIVE_METRICS
 
@@ -72,12 +71,11 @@ class StepSums:
         )
 
 
-def largest_over_all_ranks(values: list[float], device: torch.device) -> list[float]:
+def largest_over_all_ranks(value: float, device: torch.device) -> float:
     """Collective."""
-    largest: Tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    result: list[float] = largest.tolist()
-    return result
+    return float(largest)
 
 
 def peak_memory_bytes() -> int:

@@ -8,7 +8,7 @@ ranks, so that it does not matter how a step was cut into calls, micro-batches a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,15 @@ from engine.training.megatron_inside.step_sums import (
 from engine.training.megatron_student import StudentShape, check_layout, read_shape
 from engine.training.objectives import make_objective
 from engine.training.protocol import EvalResult, TokenLosses
-from engine.training.rank_work import ExportBuffers, RankMicroBatch, RankReport, RankRollout, RankSettings, RankWork
+from engine.training.rank_work import (
+    ExportBuffers,
+    RankMicroBatch,
+    RankReport,
+    RankRollout,
+    RankSettings,
+    RankStep,
+    RankWork,
+)
 from engine.training.saved import STUDENT, TRAINER
 from engine.training.schedule import learning_rate
 from engine.transport.handoff import Uploader
@@ -133,7 +141,7 @@ class MegatronRankTrainer:
             token_losses=token_losses,
         )
 
-    def finish_step(self) -> StepReport | None:
+    def finish_step(self) -> RankStep | None:
         """Also raises RuntimeError when nothing was accumulated, and NonFiniteError, on all ranks alike."""
         loaded, step = self._loaded, self._step
         totals = step.over_all_ranks(self._device)
@@ -159,13 +167,14 @@ class MegatronRankTrainer:
                 )
         # Here, not in ``export``: by then the stream may have the next step's passes queued.
         self._weights_written = self._gather()
-        metrics = self._metrics(totals)
+        expert_tokens = loaded.load.per_expert()
+        metrics = self._metrics(totals, expert_tokens)
         loaded.load.clear()
         self.version += 1
         self._step = StepSums()
         if dist.get_rank() != 0:
             return None
-        return StepReport(
+        report = StepReport(
             step=self.version,
             num_rollouts=totals.num_rollouts,
             num_tokens=totals.num_tokens,
@@ -176,6 +185,7 @@ class MegatronRankTrainer:
             skipped=not is_finite,
             metrics=metrics,
         )
+        return RankStep(report=report, expert_tokens=expert_tokens)
 
     def evaluate(self, work: RankWork) -> Sequence[tuple[int, EvalResult]] | None:
         passes = self._run(work.micro_batches, ForwardKL(tail="bucket"), is_training=False)
@@ -295,11 +305,9 @@ class MegatronRankTrainer:
         sums.num_real += sum(lengths)
         sums.flops += training_flops(self._loaded.shape, lengths, num_head_rows=num_response)
 
-    def _metrics(self, totals: StepSums) -> dict[str, float]:
+    def _metrics(self, totals: StepSums, expert_tokens: Mapping[int, Sequence[int]]) -> dict[str, float]:
         """Collective."""
-        memory_bytes, router_peak = largest_over_all_ranks(
-            [peak_memory_bytes(), self._loaded.load.peak()], self._device
-        )
+        memory_bytes = largest_over_all_ranks(peak_memory_bytes(), self._device)
         seconds = totals.seconds
         busy_s = sum(seconds.values())
         tflops = totals.flops / busy_s / self._learner.megatron.num_ranks / 1e12
@@ -314,8 +322,8 @@ class MegatronRankTrainer:
         }
         if peak is not None:
             metrics["mfu"] = tflops / peak
-        if self._loaded.shape.experts is not None:
-            metrics["router_peak"] = router_peak
+        if expert_tokens:
+            metrics["router_peak"] = max(max(tokens) * len(tokens) / sum(tokens) for tokens in expert_tokens.values())
         return metrics
 
 

@@ -12,11 +12,14 @@ import hashlib
 import sys
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import msgspec
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 
+from engine.megatron_config import MegatronConfig
 from engine.training.megatron_inside import model as model_module
 from engine.training.megatron_inside import parallel
 from engine.training.megatron_inside.config import ddp_config
@@ -75,6 +78,11 @@ def fill(model: torch.nn.Module) -> None:
         parameter.copy_(0.1 * values if parameter.dim() > 1 else 1.0 + 0.1 * values)
 
 
+def in_small_buckets(layout: MegatronConfig) -> DistributedDataParallelConfig:
+    """Where there are buckets: with ``overlap``."""
+    return dataclasses.replace(ddp_config(layout), bucket_size=5000)
+
+
 def steps(name: str, dtype: Literal["float32", "bfloat16"], *, overlap: bool) -> dict[str, object]:
     shape = SHAPES[name]
     layout = msgspec.structs.replace(
@@ -119,7 +127,6 @@ if __name__ == "__main__":
         "cpu:gloo,cuda:nccl" if is_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
     )
     overlap = sys.argv[3:] == ["overlap"]
-    if overlap:
-        model_module.ddp_config = lambda layout: dataclasses.replace(ddp_config(layout), bucket_size=5000)
-    torch.save({name: steps(name, dtype, overlap=overlap) for name in SHAPES}, folder / "out.pt")
+    with mock.patch.object(model_module, "ddp_config", in_small_buckets):
+        torch.save({name: steps(name, dtype, overlap=overlap) for name in SHAPES}, folder / "out.pt")
     dist.destroy_process_group()

@@ -86,11 +86,24 @@ def test_the_routers_bias_moves_towards_even_loads_or_stays(
     layout = EP2 | {"tensor_parallel": 2, "expert_bias_update_rate": rate}
     num_tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
 
-    for routers in run(worlds, "router_biases", folders["moonlight"], layout, rollouts):
+    outcomes = run(worlds, "router_biases", folders["moonlight"], layout, rollouts)
+    for routers, _ in outcomes:
         assert routers
         for counts, before, after in routers:
             assert float(counts.sum()) == num_tokens * STUDENTS["moonlight"].num_experts_per_tok
             torch.testing.assert_close(after, before + rate * (counts.mean() - counts).sign())
+    # The first layer is dense.
+    expected = {layer: tuple(counts.long().tolist()) for layer, (counts, _, _) in enumerate(outcomes[0][0], start=1)}
+    assert [told for _, told in outcomes] == [expected, {}, {}, {}]
+
+
+def test_tokens_of_every_expert_are_told_over_all_stages(folders: dict[str, Path], worlds: Worlds) -> None:
+    rollouts = rollouts_of("moonlight", 5)
+    whole = run(worlds, "router_biases", folders["moonlight"], {}, rollouts)[0][1]
+
+    assert list(whole) == [1, 2, 3]
+    layout = EP2 | {"pipeline_parallel": 2}
+    assert run(worlds, "router_biases", folders["moonlight"], layout, rollouts)[0][1] == whole
 
 
 def test_a_sequence_is_scored_as_transformers_does(folders: dict[str, Path], worlds: Worlds) -> None:

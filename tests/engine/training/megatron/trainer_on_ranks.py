@@ -56,7 +56,7 @@ def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[R
             seen.reports.extend([] if report is None else [report])
         with _ToldGradients(trainer, seen.gradients.append):
             done = trainer.finish_step()
-        seen.steps.extend([] if done is None else [done])
+        seen.steps.extend([] if done is None else [done.report])
 
 
 def train(
@@ -127,7 +127,7 @@ def _train_overlapped(
             late = str(raised.value)
         seen.sums_begun.append((sum(group.grad_reduce_handle is not None for group in groups), len(groups)))
         done = trainer.finish_step()
-        seen.steps.extend([] if done is None else [done])
+        seen.steps.extend([] if done is None else [done.report])
         seen.gathers_begun.append((sum(group.param_gather_handle is not None for group in groups), len(groups)))
         exported = [
             pair
@@ -173,7 +173,8 @@ def spoiled(settings: RankSettings, rollouts: Sequence[RankRollout]) -> tuple[st
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor is not None}
     said, report = "", None
     try:
-        report = trainer.finish_step()
+        done = trainer.finish_step()
+        report = None if done is None else done.report
     except NonFiniteError as error:
         said = str(error)
     same = all(torch.equal(before[name], model.state_dict()[name]) for name in before)
@@ -196,8 +197,11 @@ def refusals(settings: RankSettings, rollouts: Sequence[RankRollout]) -> list[st
     return [*said, str(raised.value)]
 
 
-def router_biases(settings: RankSettings, rollouts: Sequence[RankRollout]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each router of this stage, over one step: tokens of each expert that are no padding, bias before and after."""
+def router_biases(
+    settings: RankSettings, rollouts: Sequence[RankRollout]
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], dict[int, tuple[int, ...]]]:
+    """Of each router of this stage, over one step: tokens of each expert that are no padding, bias before and after;
+    and what is reported of all routers, by rank 0."""
     trainer = make(settings)
     trainer.start()
     routers = [m for m in unwrapped(trainer._loaded.chunk).modules() if isinstance(m, TopKRouter)]
@@ -208,10 +212,10 @@ def router_biases(settings: RankSettings, rollouts: Sequence[RankRollout]) -> li
         torch.distributed.all_reduce(
             count, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         )
-    trainer.finish_step()
+    done = trainer.finish_step()
     after = [router.expert_bias.clone() for router in routers]
     trainer.stop()
-    return list(zip(counts, before, after, strict=True))
+    return list(zip(counts, before, after, strict=True)), {} if done is None else done.expert_tokens
 
 
 def measured(settings: RankSettings, rollouts: Sequence[RankRollout]) -> Sequence[tuple[int, EvalResult]] | None:
