@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from engine.recipe import StudentConfig
+from engine.training.flops import training_flops
 from engine.training.hf import HFTrainer
+from engine.training.megatron_student import read_shape
+from engine.training.schedule import learning_rate
 from tests.engine.training.megatron.rank_cases import (
     LEARNER,
     NUM_STEPS,
@@ -104,6 +107,33 @@ def test_tokens_of_every_expert_are_told_over_all_stages(folders: dict[str, Path
     assert list(whole) == [1, 2, 3]
     layout = EP2 | {"pipeline_parallel": 2}
     assert run(worlds, "router_biases", folders["moonlight"], layout, rollouts)[0][1] == whole
+
+
+def test_a_step_tells_what_it_cost_and_its_rate_follows_the_schedule(folders: dict[str, Path], worlds: Worlds) -> None:
+    rollouts = rollouts_of("moonlight", 5)
+    layout = EP2 | {"tensor_parallel": 2, "peak_tflops": 0.25}
+    changes: dict[str, Any] = {"schedule": "cosine", "min_lr_share": 0.1}
+    told = settings(folders["moonlight"], layout, **changes).learner
+    seen = run(worlds, "train", folders["moonlight"], layout, [[rollouts]] * 4, **changes)
+
+    assert [step.lr for step in seen[0].steps] == [
+        learning_rate(told, step=step, num_steps=NUM_STEPS) for step in (1, 2, 3, 4)
+    ]
+    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts]
+    num_responses = sum(len(rollout.response_ids) for rollout in rollouts)
+    flops = training_flops(read_shape(folders["moonlight"]), lengths, num_head_rows=num_responses)
+    num_computed = sum(report.num_computed_tokens for one in seen for report in one.reports) / 4
+    for step in seen[0].steps:
+        metrics = step.metrics
+        seconds = [metrics[phase] for phase in ("passes_s", "reduce_s", "update_s")]
+        assert all(phase_s > 0 for phase_s in seconds)
+        assert metrics["tokens_per_s"] * sum(seconds) == pytest.approx(sum(lengths))
+        assert metrics["tflops"] * 1e12 * sum(seconds) * num_ranks(layout) == pytest.approx(flops)
+        assert metrics["mfu"] == metrics["tflops"] / 0.25
+        assert metrics["padding_share"] == pytest.approx(1 - sum(lengths) / num_computed)
+        # Python, torch and Megatron; none of these students takes a megabyte.
+        assert 0.1 < metrics["memory_gib"] < 8
+        assert 1 <= metrics["router_peak"] <= STUDENTS["moonlight"].n_routed_experts
 
 
 def test_a_sequence_is_scored_as_transformers_does(folders: dict[str, Path], worlds: Worlds) -> None:
