@@ -71,8 +71,12 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_and_changes_nothing(
         assert is_same
 
 
-def test_or_is_skipped_and_counted_when_the_recipe_says_so(folders: dict[str, Path], worlds: Worlds) -> None:
-    layout = EP2 | {"expert_bias_update_rate": 0.1}
+@pytest.mark.parametrize("overlap", [False, True])
+def test_or_is_skipped_and_counted_when_the_recipe_says_so(
+    overlap: bool, folders: dict[str, Path], worlds: Worlds
+) -> None:
+    switches = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+    layout = EP2 | switches | {"expert_bias_update_rate": 0.1}
     outcomes = run(worlds, "spoiled", folders["moonlight"], layout, rollouts_of("moonlight"), on_nonfinite="skip")
 
     assert [(said, is_same) for said, _, is_same in outcomes] == [("", True)] * 2
