@@ -118,7 +118,7 @@ def _train_overlapped(
     chunk = trainer._loaded.chunk
     groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
     seen, late = Overlapped([], [], [], [], ""), ""
-    for calls in steps:
+    for number, calls in enumerate(steps, start=1):
         for rollouts in calls:
             trainer.accumulate(dealt(rollouts, is_last=tells_last and rollouts is calls[-1]))
         if tells_last:
@@ -129,14 +129,14 @@ def _train_overlapped(
         done = trainer.finish_step()
         seen.steps.extend([] if done is None else [done.report])
         seen.gathers_begun.append((sum(group.param_gather_handle is not None for group in groups), len(groups)))
+        if save is not None and number == len(steps):
+            trainer.save(save)
         exported = [
             pair
             for bucket in trainer.export(bucket_bytes=1 << 30)
             for pair in zip(bucket.names, bucket.tensors, strict=True)
         ]
         seen.versions.extend([digest_of(exported)] if exported else [])
-    if save is not None:
-        trainer.save(save)
     trainer.stop()
     return seen._replace(late=late)
 
