@@ -109,8 +109,9 @@ def head_for(
     two vectors nor more numbers than the second-level cache: beyond, torch's products are as fast or faster. In
     bfloat16 they run on matrix units.
     """
-    tensors = [t for t in (hidden, weight, bias, hidden_grad, weight_grad, bias_grad) if t is not None]
-    if hidden.device.type != "cpu" or not all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors):
+    given = hidden, weight, bias, hidden_grad, weight_grad, bias_grad, workspace
+    tensors = [tensor for tensor in given if tensor is not None]
+    if not all(t.is_cpu and t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors):
         return None
     library = native_head()
     if library is None or not library.head_suits(hidden.shape[1], num_rows):

@@ -133,6 +133,9 @@ def linear_divergence_with_gradients(
             call it spares the page faults of a fresh one, on CPU 25 ms for 50 MB; None: made here.
 
         The others are those of ``linear_divergence``.
+
+    Raises:
+        ValueError: as ``divergence``, or a gradient has another shape than what it is of.
     """
     conditions = Conditions(
         temperature=temperature,
@@ -155,6 +158,13 @@ def linear_divergence_with_gradients(
         vocab_start,
         block_rows=block_rows,
     )
+    for name, gradient, shape in (
+        ("hidden_grad", hidden_grad, hidden.shape),
+        ("head_grad", head_grad, head_weight.shape),
+        ("bias_grad", bias_grad, head_weight.shape[:1]),
+    ):
+        if gradient is not None and gradient.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(gradient.shape)}")
     gradients = Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad)
     with torch.no_grad():
         out = head.run(hidden, head_weight, bias, gradients, workspace=workspace)

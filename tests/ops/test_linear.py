@@ -215,3 +215,12 @@ def test_wrong_shapes_are_refused() -> None:
         linear_divergence(ForwardKL(), inputs.hidden, inputs.weight, inputs.scores, torch.zeros(3))
     with pytest.raises(ValueError, match="student has 3 rows and the scores have 7"):
         linear_divergence(ForwardKL(), inputs.hidden[:3], inputs.weight, inputs.scores)
+    with pytest.raises(ValueError, match=r"head_grad must be \(23, 6\), got \(22, 6\)"):
+        linear_divergence_with_gradients(
+            ForwardKL(),
+            inputs.hidden,
+            inputs.weight,
+            inputs.scores,
+            hidden_grad=torch.empty_like(inputs.hidden),
+            head_grad=torch.zeros(V - 1, D, dtype=torch.float64),
+        )
