@@ -23,7 +23,10 @@ from engine.actors.teacher_proxy import TeacherProxy
 from engine.actors.trained_answer import describe
 from engine.actors.weight_probe import WeightProbe
 from engine.actors.weight_syncer import WeightPush, WeightSyncer
-from engine.check import Inputs, ledger_identity, load_scorer, longest, sampling_params, wanted_top_k
+from engine.check.asked import longest, sampling_params, wanted_top_k
+from engine.check.folder import ledger_identity
+from engine.check.look import Inputs
+from engine.check.scorer import load_scorer
 from engine.checkpoint import Checkpoint, CheckpointState, CheckpointStore, package_versions
 from engine.clock import Clock
 from engine.errors import ClosedChannel, EndOfChannel, RecipeError, UserError, WouldBlock
@@ -159,7 +162,7 @@ def make_parts(recipe: Recipe, inputs: Inputs, *, run_dir: RunDir, resume: bool,
         generator=generator,
         trainer=trainer,
         teacher=_teacher(recipe, inputs),
-        params=sampling_params(recipe, inputs.student),
+        params=sampling_params(recipe, stop_ids=inputs.student.stop_ids),
         learner_worker=learner_worker,
         syncer_worker=syncer_worker,
         sampler_spare=sampler_spare(recipe),

@@ -90,7 +90,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "engine.build",
-        "engine.check",
+        "engine.check.*",
         "engine.graph",
         "engine.http_port",
         "engine.load_recipe",
