@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import uvloop
 
-from engine.build import build, make_parts
+from engine.build.life import build
+from engine.build.parts import make_parts
 from engine.check.look import Checked, Inputs, check
 from engine.check.show import as_document, as_text
 from engine.clock import SystemClock

@@ -31,17 +31,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(world: Path, *, device: str = "cuda:0", student: str = "student", **more: Any) -> Recipe:
-    return Recipe(
-        **{
-            "name": "r",
-            "steps": 1,
-            "student": StudentConfig(path=str(world / student)),
-            "teacher": LocalTeacher(model=str(world / "teacher")),
-            "data": DataConfig(path=str(world / "prompts.jsonl"), max_prompt_tokens=32),
-            "sampler": SamplerConfig(device=device, max_new_tokens=16),
-        }
-        | more
-    )
+    settings: dict[str, Any] = {
+        "name": "r",
+        "steps": 1,
+        "student": StudentConfig(path=str(world / student)),
+        "teacher": LocalTeacher(model=str(world / "teacher")),
+        "data": DataConfig(path=str(world / "prompts.jsonl"), max_prompt_tokens=32),
+        "sampler": SamplerConfig(device=device, max_new_tokens=16),
+    }
+    return Recipe(**(settings | more))
 
 
 async def look(recipe: Recipe, *, may_run_elsewhere: bool = True) -> Checked:
