@@ -44,7 +44,7 @@ def check_room(recipe: Recipe, student: Student, out: Path | None) -> tuple[str,
     while not folder.exists():
         folder = folder.parent
     check_disk(folder, needed)
-    return f"checkpoints need up to {needed / 2**30:,.1f} GiB in {folder}", None
+    return f"checkpoints need up to {needed / 2**20:,.0f} MiB in {folder}", None
 
 
 def check_port(recipe: Recipe) -> tuple[str, None]:

@@ -141,7 +141,7 @@ def _machine(recipe: Recipe, student: Student | None, findings: Findings, *, out
     if recipe.learner.lora is not None:
         findings.look("lora", check_peft)
     if findings.elsewhere:
-        room = "" if student is None else f", up to {checkpoint_bytes(recipe, student) / 2**30:,.1f} GiB"
+        room = "" if student is None else f", up to {checkpoint_bytes(recipe, student) / 2**20:,.0f} MiB"
         findings.leave_open("disk", f"needs room for checkpoints{room}")
     elif student is not None:
         findings.look("disk", lambda: check_room(recipe, student, out))
