@@ -107,6 +107,12 @@ def check_lengths(recipe: Recipe, student: Student) -> tuple[str, None]:
             f"prompts and answers may be {most} tokens long, the student has {student.max_length} positions; "
             "lower data.max_prompt_tokens or sampler.max_new_tokens"
         )
+    limit = recipe.sampler.vllm.max_length if recipe.sampler.backend == "vllm" else None
+    if limit is not None and most > limit:
+        raise RecipeError(
+            f"prompts and answers may be {most} tokens long, sampler.vllm.max_length={limit} is less; set it to null "
+            "for as many as the recipe allows, or lower data.max_prompt_tokens or sampler.max_new_tokens"
+        )
     return f"at most {most} tokens, the student has {student.max_length}", None
 
 

@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 
 from engine.check.look import Checked, check
 from engine.megatron_config import MegatronConfig
-from engine.recipe import DataConfig, LearnerConfig, LocalTeacher, Recipe, SamplerConfig, StudentConfig, VllmTeacher
+from engine.recipe import (
+    DataConfig,
+    LearnerConfig,
+    LocalTeacher,
+    Recipe,
+    SamplerConfig,
+    StudentConfig,
+    VllmConfig,
+    VllmTeacher,
+)
 from tests.engine.test_check_teacher import serving
 from tests.support.models import tiny_model, write_jsonl
 from tests.teacher.test_vllm_client import Provider
@@ -165,3 +174,13 @@ async def test_a_name_that_is_no_device_is_wrong(world: Path) -> None:
     checked = await look(recipe_of(world, learner=LearnerConfig(device="teapot")))
 
     assert [finding.subject for finding in checked.wrong] == ["devices"]
+
+
+@pytest.mark.parametrize(("max_length", "state"), [(47, "wrong"), (48, "ok"), (None, "ok")])
+async def test_an_engine_must_hold_the_longest_text(world: Path, max_length: int | None, state: str) -> None:
+    vllm = VllmConfig(max_length=max_length)
+    checked = await look(
+        recipe_of(world, sampler=SamplerConfig(backend="vllm", device="cuda:0", max_new_tokens=16, vllm=vllm))
+    )
+
+    assert states(checked)["lengths"] == state
