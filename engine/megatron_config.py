@@ -1,10 +1,6 @@
 """What a recipe says of a learner on Megatron-core: how the student is cut into pieces, and where the pieces lie.
 
 Which student a layout fits is ``engine.training.megatron_student``'s to say: that needs the model's folder.
-
-Two switches of Megatron are left out. Gradients are not summed over data-parallel ranks during the backward pass:
-rollouts come as they are ready, and which pass is a step's last is known after it. And weights are not gathered during
-the next forward pass: a version leaves for the samplers right after its step.
 """
 
 from __future__ import annotations
@@ -25,7 +21,10 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
     """
 
     tensor_parallel: Positive = 1
-    """Ranks that share every matrix. With more than one, sequences are split over them, too (sequence parallel)."""
+    """Ranks that share every matrix."""
+    sequence_parallel: bool = True
+    """Whether these ranks also share the tokens of a row where no matrix is multiplied: less memory for as many bytes
+    sent. Students with experts need it; without ``tensor_parallel`` there is nothing to share."""
     pipeline_parallel: Positive = 1
     """Stages: ranks that hold different layers."""
     first_stage_layers: Positive | None = None
@@ -40,6 +39,12 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations in a pass; gradients, master weights and optimizer moments are float32, and the last
     two are cut over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Gradients are summed over the data-parallel ranks during the backward pass of a step's last micro-batch, a bucket
+    at a time; otherwise after it."""
+    overlap_param_gather: bool = False
+    """What each data-parallel rank has updated reaches the others during the next forward pass; otherwise before it.
+    Needs ``overlap_grad_reduce``, whose buckets it takes."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping: none, those of attention, or whole
     layers."""
@@ -63,6 +68,11 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @property
+    def shares_sequences(self) -> bool:
+        """``sequence_parallel``, where it means something."""
+        return self.sequence_parallel and self.tensor_parallel > 1
+
+    @property
     def num_micro_batches(self) -> int:
         """``micro_batches``, resolved."""
         if self.micro_batches is not None:
@@ -75,6 +85,11 @@ class MegatronConfig(Section, frozen=True, kw_only=True):
             raise RecipeError(
                 f"learner.megatron: expert_parallel={self.expert_parallel} does not divide tensor_parallel × "
                 f"context_parallel × data_parallel = {per_stage}, the ranks of one pipeline stage; change one of them"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise RecipeError(
+                "learner.megatron: overlap_param_gather=true needs overlap_grad_reduce=true: weights are gathered in "
+                "the buckets in which gradients are summed"
             )
         stages = (self.first_stage_layers, self.last_stage_layers)
         if any(stage is not None for stage in stages) and self.pipeline_parallel == 1:

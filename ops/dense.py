@@ -28,10 +28,21 @@ from ops.solved import METRICS, Problem, Solved, blocks, working_dtype
 
 
 class Dense(Problem):
-    """A teacher's logits."""
+    """A teacher's logits.
+
+    Args:
+        sampled_ids: [T] int, for the metric of that name; −1 and None: no token was sampled.
+    """
 
     def __init__(
-        self, objective: Objective, teacher: Tensor, shard: Shard, conditions: Conditions, *, block_rows: int
+        self,
+        objective: Objective,
+        teacher: Tensor,
+        shard: Shard,
+        conditions: Conditions,
+        *,
+        block_rows: int,
+        sampled_ids: Tensor | None = None,
     ) -> None:
         for _, leaf in leaves(objective):
             if not isinstance(leaf, get_args(Plain)):
@@ -41,6 +52,7 @@ class Dense(Problem):
                 )
         super().__init__(num_columns=shard.num_columns)
         self.teacher, self.shard, self.conditions, self.block_rows = teacher, shard, conditions, block_rows
+        self._sampled_ids = sampled_ids
         self._leaves = [(weight, leaf) for weight, leaf in leaves(objective) if isinstance(leaf, get_args(Plain))]
         self._needs_floor = any(needs_floor(leaf) for _, leaf in self._leaves)
 
@@ -69,16 +81,22 @@ class Dense(Problem):
                 value += share * factor * _sum(excess(a, b, log_ratio))
         weight = self._weight(log_p, log_q, floor)
         at_1 = log_p, log_q
+        log_totals_at_1 = log_totals
         if temperature != 1.0:
-            at_1 = self._log_probs(logits, start, self._log_totals(logits, start, end, 1.0), 1.0)
+            log_totals_at_1 = self._log_totals(logits, start, end, 1.0)
+            at_1 = self._log_probs(logits, start, log_totals_at_1, 1.0)
+        sampled = sampled_logits(self._sampled_ids, logits, start, end, shard)
         sums = (value, _sum(weight), _sum(log_p.exp()), _sum(log_q.exp()), *(_entropy(log_probs) for log_probs in at_1))
-        sums = shard.sum(torch.cat(sums, dim=1)).unbind(dim=1)
-        value, sum_weight, sum_p, sum_q, teacher_entropy, student_entropy = sums
+        sums = shard.sum(torch.cat((*sums, sampled), dim=1)).unbind(dim=1)
+        value, sum_weight, sum_p, sum_q, teacher_entropy, student_entropy, sampled = sums
         is_there = (sum_p > 0.0).double()  # where the student is ruled out altogether, the teacher is, too
         values, row_scale = conditions.apply(value * is_there, is_there.unsqueeze(1) / temperature)
         metrics = dict.fromkeys(METRICS, torch.zeros_like(is_there))
         metrics |= {"teacher_mass": is_there, "student_mass": is_there, "topk_overlap": is_there}
         metrics |= {"teacher_entropy": teacher_entropy, "student_entropy": student_entropy}
+        if self._sampled_ids is not None:
+            logprob = sampled - log_totals_at_1[:, 1] - log_totals_at_1[:, 3]
+            metrics["student_logprob"] = logprob.masked_fill(self._sampled_ids[start:end] < 0, 0.0)
         # Divided by Σq, which is 1 but for rounding: so the gradient's sum vanishes to the last digit.
         mean = (sum_weight / sum_q.clamp(min=0.5)).unsqueeze(1)
         constants = torch.cat((log_totals, floor, mean), dim=1)
@@ -150,6 +168,14 @@ class DenseRows(Solved):
         for first, last in blocks(len(logits), self.problem.block_rows):
             rows = slice(first, last)
             self.problem.write(out[rows], logits[rows], self.start + first, self.constants[rows], row_scale[rows])
+
+
+def sampled_logits(sampled_ids: Tensor | None, logits: Tensor, start: int, end: int, shard: Shard) -> Tensor:
+    """[B, 1] float64: this rank's summand, 0 where the token is another's or there is none."""
+    if sampled_ids is None or logits.shape[1] == 0:
+        return torch.zeros((end - start, 1), dtype=torch.float64, device=logits.device)
+    columns = shard.local(sampled_ids[start:end].long()).unsqueeze(1)
+    return logits.gather(1, columns.clamp(min=0)).double().masked_fill_(columns < 0, 0.0)
 
 
 def _largest(z: Tensor) -> Tensor:

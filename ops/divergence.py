@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ops.kernels import dense_for
 from ops.listed import Listed
-from ops.objectives import Objective
-from ops.scores import TeacherScores
+from ops.objectives import Objective, leaves_a_bucket
+from ops.scores import TeacherScores, check_ids, lists_all
 from ops.shards import find_shard
 from ops.solve import Conditions, wants_student_ids
 from ops.solved import METRICS, Columns, Problem
@@ -160,9 +160,18 @@ def pose(
         alike=(num_rows, block_rows),
         problem=wrong or _what_is_wrong(objective, scores, conditions, num_rows=num_rows, width=width),
     )
+    sampled_ids = None
     if isinstance(scores, TeacherScores):
-        return Listed(objective, scores, shard, conditions)
-    return dense_for(objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows)
+        if not leaves_a_bucket(objective) or not lists_all(scores, shard.vocab_size):
+            return Listed(objective, scores, shard, conditions)
+        # The bucket is empty: the list is the teacher's logits but for a constant, and as such no id is searched for.
+        check_ids(scores.sampled_ids, shard.vocab_size)
+        sampled_ids = scores.sampled_ids
+        # A shard of padding may lie behind the last id.
+        scores = scores.top_logprobs[:, shard.start : shard.start + shard.num_columns]
+    return dense_for(
+        objective, scores, shard, conditions, student_dtype=dtype, block_rows=block_rows, sampled_ids=sampled_ids
+    )
 
 
 def check_block_rows(block_rows: int) -> None:

@@ -12,7 +12,7 @@ from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL, 
 
 
 class Kind(enum.IntEnum):
-    """Which sum over categories; ``native_solve.c`` has the same in the same order."""
+    """Which sum over categories; ``native_terms.h`` has the same in the same order."""
 
     FORWARD = 0
     REVERSE = 1

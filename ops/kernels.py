@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ops.dense import Dense
 from ops.formulas import has_formula
+from ops.native_dense import DTYPES, native_dense
+from ops.native_head import NativeHead, native_head
 from ops.native_rows import native_rows
 from ops.native_solve import native_solver
 from ops.objectives import Objective
@@ -70,14 +72,52 @@ def dense_for(
     *,
     student_dtype: torch.dtype,
     block_rows: int,
+    sampled_ids: Tensor | None = None,
 ) -> Problem:
-    """The problem that a teacher's logits pose, [T, W] of this rank."""
+    """The problem that a teacher's logits pose, [T, W] of this rank.
+
+    Args:
+        sampled_ids: [T] int, the tokens that ``student_logprob`` is of; −1: none.
+    """
     is_wide = torch.float64 in (student_dtype, teacher.dtype)
     if shard.group is None and not is_wide and has_formula(objective) and has_triton(teacher.device):
         from ops.triton_dense import TritonDense
 
+        assert sampled_ids is None, "lists of a whole vocabulary stay lists on CUDA"
         return TritonDense(objective, teacher, shard, conditions)
-    return Dense(objective, teacher, shard, conditions, block_rows=block_rows)
+    if shard.group is None and has_formula(objective) and {student_dtype, teacher.dtype} <= set(DTYPES):
+        native = native_dense() if teacher.device.type == "cpu" else None
+        if native is not None:
+            return native(objective, teacher, shard, conditions, sampled_ids=sampled_ids)
+    return Dense(objective, teacher, shard, conditions, block_rows=block_rows, sampled_ids=sampled_ids)
+
+
+def head_for(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+    num_rows: int,
+    workspace: Tensor | None,
+) -> NativeHead | None:
+    """A kernel that makes the logits of a head as well, for blocks of up to ``num_rows``; None: torch makes them.
+
+    On CPU in float32, where it can be built, rows of matrices are contiguous, and blocks neither have fewer rows than
+    two vectors nor more numbers than the second-level cache: beyond, torch's products are as fast or faster. In
+    bfloat16 they run on matrix units.
+    """
+    tensors = [t for t in (hidden, weight, bias, hidden_grad, weight_grad, bias_grad) if t is not None]
+    if hidden.device.type != "cpu" or not all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors):
+        return None
+    library = native_head()
+    if library is None or not library.head_suits(hidden.shape[1], num_rows):
+        return None
+    return NativeHead(
+        library, weight, bias, num_rows=num_rows, weight_grad=weight_grad, bias_grad=bias_grad, workspace=workspace
+    )
 
 
 def has_triton(device: torch.device) -> bool:

@@ -3,7 +3,9 @@
     T positions      D hidden size      V vocabulary      B ≤ block_rows rows of a block      z = h Wᵀ + b
 
 Per block three matrix products, all of them needed by any method: z = h Wᵀ (forward), dh = dz W and dW += dzᵀ h
-(backward). The gradient dz takes the place of z in one buffer that all blocks share, and dW grows in place.
+(backward). The gradient dz takes the place of z in one buffer that all blocks share, and dW grows in place. Where
+``ops.kernels.head_for`` has a kernel for it, products and the work on rows are one pass (``ops.native_head``);
+elsewhere torch makes the products, before and after that work.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops.divergence import Divergence, check_block_rows, pose
+from ops.kernels import head_for
+from ops.listed import Listed
+from ops.native_head import NativeHead
 from ops.objectives import Objective
 from ops.scores import TeacherScores
 from ops.solve import Conditions
@@ -242,9 +247,23 @@ class Head:
         weight = weight[:num_columns]
         head_bias = None if bias is None else bias[:num_columns].to(hidden.dtype)
         out = Columns(num_rows, hidden)
+        size = largest_block(num_rows, self.block_rows)
+        if isinstance(self.problem, Listed) and self.problem.reads_by_kernel:
+            native = head_for(
+                hidden,
+                weight,
+                head_bias,
+                hidden_grad=gradients.hidden,
+                weight_grad=None if gradients.weight is None else gradients.weight[:num_columns],
+                bias_grad=None if gradients.bias is None else gradients.bias[:num_columns],
+                num_rows=size,
+                workspace=workspace,
+            )
+            if native is not None:
+                self._run_by_kernel(self.problem, native, hidden, gradients, out)
+                return out
         if workspace is None:
-            shape = (largest_block(num_rows, self.block_rows), num_columns)
-            workspace = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+            workspace = torch.empty((size, num_columns), dtype=hidden.dtype, device=hidden.device)
         for start, end in blocks(num_rows, self.block_rows):
             logits, rows = workspace[: end - start, :num_columns], slice(start, end)
             if head_bias is None:
@@ -263,6 +282,23 @@ class Head:
             if gradients.weight is not None:
                 _add_product(gradients.weight[:num_columns], logits.t(), hidden[rows])
         return out
+
+    def _run_by_kernel(
+        self, problem: Listed, native: NativeHead, hidden: Tensor, gradients: Gradients, out: Columns
+    ) -> None:
+        for start, end in blocks(len(hidden), self.block_rows):
+            rows = slice(start, end)
+            block = native.block(hidden[rows], None if gradients.hidden is None else gradients.hidden[rows])
+            solved = problem.solve(block.logits, start, end, block)
+            out.put(start, end, solved)
+            if gradients.wanted:
+                solved.write(
+                    block.logits, block.logits, None if gradients.row_scale is None else gradients.row_scale[rows]
+                )
+        native.end()
+        for written in (gradients.hidden, gradients.weight, gradients.bias):
+            if written is not None:
+                torch.autograd.graph.increment_version(written)  # behind autograd's back
 
 
 def _default_block_rows(hidden: Tensor, num_columns: int | None) -> int:

@@ -33,8 +33,17 @@ class Listed(Problem):
                 scores.extra_ids[:, : self._num_student], scores.extra_logprobs[:, : self._num_student]
             )
 
-    def solve(self, logits: Tensor, start: int, end: int) -> Rows:
-        shard, kernel = self._shard, self._kernel
+    @property
+    def reads_by_kernel(self) -> bool:
+        """The kernel is the first who looks at logits, so they need not be there before."""
+        return self.num_columns > 0 and not (self._num_student and self._support.student_places is None)
+
+    def solve(self, logits: Tensor, start: int, end: int, kernel: RowKernel | None = None) -> Rows:
+        """
+        Args:
+            kernel: one for these logits alone.
+        """
+        shard, kernel = self._shard, self._kernel if kernel is None else kernel
         support = self._support.rows(start, end)
         if self._num_student and support.student_places is None:
             support = self._with_student_ids(support, logits, start, end)

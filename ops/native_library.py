@@ -23,7 +23,8 @@ SWITCH = "SLIPSTREAM_NATIVE"
 """Environment variable: 0 leaves the work to torch."""
 
 _log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native_rows.c", "native_solve.c"))
+_SOURCES = tuple(Path(__file__).with_name(f"native_{name}.c") for name in ("rows", "solve", "dense", "head"))
+_HEADERS = tuple(Path(__file__).with_name(f"native_{name}.h") for name in ("numbers", "terms"))
 _OPTIONS = (
     "-std=gnu11",
     "-O3",
@@ -81,7 +82,12 @@ def _compiler() -> list[str]:
 
 
 def _path(compile_command: list[str]) -> Path:
-    parts = (*(source.read_text() for source in _SOURCES), *compile_command, platform.machine(), _processor())
+    parts = (
+        *(source.read_text() for source in (*_SOURCES, *_HEADERS)),
+        *compile_command,
+        platform.machine(),
+        _processor(),
+    )
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     return _cache() / f"native-{name}.so"
 

@@ -10,9 +10,7 @@
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "native_numbers.h"
 
 /* A class is every 64th column of a segment; a block is a few segments, and its classes are their classes together. */
 enum { LANES = 64, DEPTH = 8, SEGMENT = LANES * DEPTH, FOLD = 4, BLOCK = SEGMENT * FOLD, BLOCK_CLASSES = LANES * FOLD };
@@ -27,45 +25,7 @@ enum { LINE = 64, FAR = 1 << 23, AHEAD = 8192 };
  * float holds. */
 enum { REACH = 40 };
 
-typedef union {
-    float f;
-    uint32_t u;
-    int32_t i;
-} Bits;
-
-static inline float from_bf16(uint16_t x) {
-    Bits b = {.u = (uint32_t)x << 16};
-    return b.f;
-}
-
-/* To the nearest, ties to even; NaN stays NaN. */
-static inline uint16_t to_bf16(float x) {
-    Bits b = {.f = x};
-    uint32_t rounded = b.u + 0x7fffu + ((b.u >> 16) & 1u), quiet = b.u | 0x400000u;
-    return (uint16_t)((x != x ? quiet : rounded) >> 16);
-}
-
-static inline float from_f32(float x) { return x; }
-
-/* exp(x) = 2^n 2^f, f from -1/2 to 1/2: to 2 units in the last place, 0 below -88 and at -inf, NaN at NaN. Above 88, where
- * only columns of the support are, whose result is not used, anything but a trap. The sum of a float near 1.5 * 2^23 and
- * n has n in its last bits; with 127 on top these are the exponent of 2^n. */
-static inline float exponential(float x) {
-    const float magic = 12582912.0f + 127.0f, high = 0x1.715476p+0f, low = 0x1.4ae0cp-26f;
-    x = x < -88.0296919f ? -88.0296919f : x;
-    Bits t = {.f = x * high + magic};
-    float n = t.f - magic, f = x * high - n + x * low;
-    Bits power = {.u = t.u << 23};
-    float y = 0x1.5bba14p-10f;
-    y = y * f + 0x1.3cea88p-7f;
-    y = y * f + 0x1.c6b752p-5f;
-    y = y * f + 0x1.ebf9bcp-3f;
-    y = y * f + 0x1.62e42ap-1f;
-    y = y * f + 1.0f;
-    return y * power.f;
-}
-
-/* The same to 2^-17, for a result of 8 bits. */
+/* exponential to 2^-17, for a result of 8 bits. */
 static inline float rough_exponential(float x) {
     const float magic = 12582912.0f + 127.0f, high = 0x1.715476p+0f;
     x = x < -88.0296919f ? -88.0296919f : x;
@@ -78,47 +38,6 @@ static inline float rough_exponential(float x) {
     y = y * f + 0x1.62e12cp-1f;
     y = y * f + 1.0f;
     return y * power.f;
-}
-
-/* Floats in the order of integers, and back. */
-static inline int32_t to_key(float x) {
-    Bits b = {.f = x};
-    return b.i < 0 ? b.i ^ 0x7fffffff : b.i;
-}
-
-static inline float from_key(int32_t key) {
-    Bits b = {.i = key < 0 ? key ^ 0x7fffffff : key};
-    return b.f;
-}
-
-static int64_t count_from(const float *x, int64_t n, float least) {
-    int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int64_t i = 0; i < n; i++) count += x[i] >= least;
-    return count;
-}
-
-/* A number that at least k of the n are not below, and at most k + slack are, unless several equal it: bisection. */
-static float threshold(const float *x, int64_t n, int64_t k, int64_t slack) {
-    if (n < k) return -INFINITY;
-    float least = INFINITY, most = -INFINITY;
-#pragma omp simd reduction(min : least) reduction(max : most)
-    for (int64_t i = 0; i < n; i++) {
-        least = x[i] < least ? x[i] : least;
-        most = x[i] > most ? x[i] : most;
-    }
-    int64_t low = to_key(least), high = (int64_t)to_key(most) + 1; /* from low on are k, from high on are fewer */
-    while (low + 1 < high) {
-        int64_t middle = low + ((high - low) >> 1);
-        int64_t found = count_from(x, n, from_key((int32_t)middle));
-        if (found < k) {
-            high = middle;
-        } else {
-            low = middle;
-            if (found <= k + slack) break;
-        }
-    }
-    return from_key((int32_t)low);
 }
 
 /* Indices of what is above t among n numbers, a multiple of VECTOR; `above` has room for a vector more than are found. */
@@ -174,23 +93,6 @@ static int64_t find_classes(const float *maxima, int64_t blocks, int64_t k, floa
     for (int64_t c = 0; c < found; c++) second[c] = second[c] / LANES * SEGMENT + second[c] % LANES;
     *least = t;
     return found;
-}
-
-/* The k largest into out, of the `found` numbers above t in `room`: too many, or too few, and then t is what is missing. */
-static void keep_largest(float *room, int64_t found, int64_t k, float t, float *out) {
-    if (found > k) {
-        float exact = threshold(room, found, k, 0);
-        int64_t kept = 0;
-        for (int64_t i = 0; i < found; i++) {
-            float x = room[i];
-            room[kept] = x;
-            kept += x > exact;
-        }
-        t = exact;
-        found = kept;
-    }
-    memcpy(out, room, (size_t)found * sizeof(float));
-    for (int64_t i = found; i < k; i++) out[i] = t;
 }
 
 static int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }

@@ -9,12 +9,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ALWAYS static inline __attribute__((always_inline))
-
 enum { VECTOR = 8 };
 
-/* The order of Kind and of Tail in ops/formulas.py and ops/objectives.py. */
-enum { FORWARD, REVERSE, MEAN, SKEWED, SKEWED_REVERSE };
+/* The order of Tail in ops/objectives.py. */
 enum { BUCKET, RENORMALISE, IGNORE };
 
 /* The order of ops.solved.METRICS. */
@@ -45,9 +42,6 @@ typedef union {
     double f;
     uint64_t u;
 } Bits;
-
-/* Stands for the logarithm of 0: exponential of it is 0, and products with it stay finite. */
-static const double LOWEST = -1e30;
 
 /* exp(x) = 2^n e^f, |f| up to log(2)/2, by the series: to 2 units in the last place; 0 below -708, infinity above 709. The
  * sum of a double near 1.5 * 2^52 and n has n in its last bits; with 1023 on top these are the exponent of 2^n. */
@@ -118,22 +112,8 @@ static inline double exponential_rest(double x) {
 
 static inline double or_zero(double x) { return x == -INFINITY ? 0.0 : x; }
 
-static inline double lifted(double x) { return x < LOWEST ? LOWEST : x; }
-
-/* log(exp x + exp y) of finite numbers. */
-static inline double log_sum(double x, double y) {
-    double high = x < y ? y : x, low = x < y ? x : y;
-    return high + logarithm_1p(exponential(low - high));
-}
-
-/* a log(a/b) - a + b, never negative; or the first of these alone. */
-static inline double part(double a, double b, double log_ratio, int is_excess) {
-    double product = a * log_ratio;
-    if (!is_excess) return product;
-    double near = a * exponential_rest(log_ratio), apart = product - a + b;
-    double excess = fabs(log_ratio) < 0.5 ? near : apart;
-    return excess < 0.0 ? 0.0 : excess;
-}
+#define REAL double
+#include "native_terms.h"
 
 static double sum(const double *x, int64_t n) {
     double total = 0.0;
@@ -177,32 +157,14 @@ static double log_softmax(double *x, double factor, int64_t n) {
     return log_total + shift;
 }
 
-typedef struct {
-    double value, weight;
-} Term;
-
-/* A category's summand of the value, and of the derivative by log q. */
-ALWAYS Term term(int64_t kind, const Asked *asked, double log_p, double log_q, int is_excess) {
-    double p = exponential(log_p), q = exponential(log_q), share = asked->share, rest = 1.0 - share;
-    if (kind == FORWARD) return (Term){part(p, q, log_p - log_q, is_excess), -p};
-    if (kind == REVERSE) return (Term){part(q, p, log_q - log_p, is_excess), q * (log_q - log_p + 1.0)};
-    int is_of_p = kind != SKEWED_REVERSE; /* which of both has the share in what they are compared with, m */
-    double log_m = log_sum((is_of_p ? log_p : log_q) + asked->log_share, (is_of_p ? log_q : log_p) + asked->log_rest);
-    double m = exponential(log_m), ratio = log_q - log_m;
-    if (kind == MEAN) {
-        double of_p = part(p, m, log_p - log_m, is_excess), of_q = part(q, m, ratio, is_excess);
-        return (Term){share * of_p + rest * of_q, rest * q * ratio};
-    }
-    if (kind == SKEWED) return (Term){part(p, m, log_p - log_m, is_excess), -rest * p * exponential(ratio)};
-    return (Term){part(q, m, ratio, is_excess), q * ratio + rest * p * exponential(ratio)};
-}
-
 ALWAYS double sum_terms(int64_t kind, const Asked *asked, const double *log_p, const double *log_q, int64_t n,
                         int is_excess, double *weight) {
+    const Formula formula = {asked->share, asked->log_share, asked->log_rest};
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < n; i++) {
-        Term one = term(kind, asked, lifted(log_p[i]), lifted(log_q[i]), is_excess);
+        double p = lifted(log_p[i]), q = lifted(log_q[i]);
+        Term one = term(kind, formula, exponential(p), p, exponential(q), q, is_excess);
         total += one.value;
         weight[i] = one.weight;
     }

@@ -171,3 +171,8 @@ def leaves(objective: Objective) -> Iterator[tuple[float, Objective]]:
 def _check_tail(tail: str) -> None:
     if tail not in get_args(Tail):
         raise ValueError(f"tail must be one of {', '.join(map(repr, get_args(Tail)))}, got {tail!r}")
+
+
+def leaves_a_bucket(objective: Objective) -> bool:
+    """Whether all of it compares S and a bucket: with a list of all V that is the divergence of the vocabularies."""
+    return all(isinstance(leaf, get_args(Plain)) and leaf.tail == "bucket" for _, leaf in leaves(objective))

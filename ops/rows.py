@@ -27,7 +27,9 @@ class Reduced:
     tail_sum: Tensor
     """[B]: Σ exp(z − tail_max) over the tail; 0 when it is empty."""
     largest: Tensor
-    """[B, k]: the k largest logits of the tail in any order; −inf where there are fewer."""
+    """[B, k]: the k largest logits of the tail in any order; −inf where there are fewer. Those that are not among the k
+    largest of tail and support together may be missing, with numbers instead that are larger than nothing that is among
+    these, and no smaller than the largest that is not."""
 
 
 class RowKernel(Protocol):

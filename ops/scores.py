@@ -135,6 +135,16 @@ def support_of(scores: TeacherScores, *, vocab_size: int) -> Support:
     )
 
 
+def lists_all(scores: TeacherScores, vocab_size: int) -> bool:
+    """Whether each row names the whole vocabulary in the order of its ids. One row is looked at where all are the same
+    memory (``torch.arange(V).expand(T, V)``). Always no on CUDA, where to look is to wait."""
+    ids = scores.top_ids
+    if ids.shape[1] != vocab_size or not len(ids) or ids.is_cuda:
+        return False
+    rows = ids[:1] if ids.stride(0) == 0 else ids
+    return bool((rows == torch.arange(vocab_size)).all())
+
+
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     if ids.is_cuda:
         torch._assert_async((ids < vocab_size).all(), f"a token id is not below the vocabulary's {vocab_size}")

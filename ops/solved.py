@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,20 +85,21 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-_STEP = 8
+_STEP = 16
 """Rows: products of a multiple are faster than those of one row more or less."""
 
 
 def blocks(num_rows: int, block_rows: int) -> Iterator[tuple[int, int]]:
-    """[start, end) of ceil(T / block_rows) blocks of equal size but for the last."""
-    size = largest_block(num_rows, block_rows)
-    for start in range(0, num_rows, max(size, 1)):
-        yield start, min(start + size, num_rows)
+    """[start, end) of ceil(T / block_rows) blocks, as even as can be, as a short one takes nearly the time of a long
+    one; but multiples of 16 rows where these fit."""
+    num_blocks = math.ceil(num_rows / block_rows)
+    fits = num_blocks * (block_rows // _STEP) >= math.ceil(num_rows / _STEP)
+    step = _STEP if fits else 1
+    num_steps = math.ceil(num_rows / step)
+    ends = [min(num_steps * i // num_blocks * step, num_rows) for i in range(1, num_blocks + 1)]
+    return zip([0, *ends], ends, strict=False)
 
 
 def largest_block(num_rows: int, block_rows: int) -> int:
-    """Rows of all ``blocks`` but the last: as even as can be, as a short block runs at half the speed; but a multiple
-    of 8 where one fits."""
-    even = -(-num_rows // max(1, -(-num_rows // block_rows)))
-    stepped = -(-even // _STEP) * _STEP
-    return stepped if stepped <= min(block_rows, num_rows) else even
+    """Rows of the largest of ``blocks``."""
+    return max((end - start for start, end in blocks(num_rows, block_rows)), default=0)

@@ -34,7 +34,7 @@ from engine.training.tree_attention import tree_of
 from engine.transport.handoff import use_own_stream
 from teacher.folder import info_of, length_limit, one_line, read_config, refuse_quantised
 from teacher.protocol import LOWEST_LOGPROB, ScoreRequest, Scores, TeacherInfo
-from teacher.top_k import top_k_by_id
+from teacher.top_k import every_id, of_whole_rows, top_k_by_id
 
 Layout = Literal["tree", "packed", "padded", "single"]
 """One trie with attention by branch; one trie with a mask; rows of similar length; one request at a time."""
@@ -67,6 +67,7 @@ class TorchBackend:
         max_top_k: largest top_k, and number of extra ids per token; None: the vocabulary.
         max_length: prompt and response tokens together; None: the model's own limit.
         padded_tokens: most token positions of one forward pass when the model cannot run packed.
+        whole_by_id: who asks for the whole vocabulary gets it in the order of ids, unsorted.
         allow_quantised: take a checkpoint with a ``quantization_config``.
         trust_remote_code: run Python code that lies in the model's folder.
     """
@@ -82,6 +83,7 @@ class TorchBackend:
         max_top_k: int | None = None,
         max_length: int | None = None,
         padded_tokens: int = 2048,
+        whole_by_id: bool = False,
         allow_quantised: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -93,6 +95,7 @@ class TorchBackend:
         self._max_top_k = max_top_k
         self._max_length = max_length
         self._padded_tokens = padded_tokens
+        self._whole_by_id = whole_by_id
         self._allow_quantised = allow_quantised
         self._trust_remote_code = trust_remote_code
         self._forward_passes = self._computed_tokens = self._head_rows = self._peak_block_rows = 0
@@ -222,7 +225,8 @@ class TorchBackend:
         lookup_rows, lookup_ids = _lookups(requests, request_places)
         order = np.argsort(lookup_rows, kind="stable")
         top_k = max(request.top_k for request in requests)
-        top_ids = np.empty((len(unique_R), top_k), np.int32)
+        is_whole = self._whole_by_id and top_k == self._info.vocab_size
+        top_ids = np.empty((len(unique_R), 0 if is_whole else top_k), np.int32)
         top_logprobs = np.empty((len(unique_R), top_k), np.float32)
         looked_up = np.empty(len(lookup_rows), np.float32)
         for start in range(0, len(unique_R), self._block_rows):
@@ -234,31 +238,37 @@ class TorchBackend:
             self._peak_block_rows = max(self._peak_block_rows, stop - start)
             block = score_block(
                 logits_RV,
-                top_k=top_k,
+                top_k=None if is_whole else top_k,
                 rows=torch.from_numpy(lookup_rows[chosen] - start).to(self._device),
                 ids=torch.from_numpy(lookup_ids[chosen]).to(self._device),
             )
-            top_ids[start:stop], top_logprobs[start:stop], looked_up[chosen] = (part.cpu().numpy() for part in block)
+            ids, top_logprobs[start:stop], looked_up[chosen] = (part.cpu().numpy() for part in block)
+            if not is_whole:
+                top_ids[start:stop] = ids
         if np.isnan(top_logprobs).any() or np.isnan(looked_up).any():
             raise NonFiniteError(
                 f"model {self._info.model!r} gave logits that are NaN or infinite; "
                 "run it in a wider dtype (--dtype float32) or mend its weights"
             )
+        for logprobs in (top_logprobs, looked_up):
+            np.maximum(logprobs, np.float32(LOWEST_LOGPROB), out=logprobs)
         answers = []
         offset = 0
         for request, place in zip(requests, request_places, strict=True):
+            if is_whole:
+                its_ids, its_logprobs = of_whole_rows(top_logprobs[place], request.top_k)
+            else:
+                its_ids, its_logprobs = top_ids[place, : request.top_k], top_logprobs[place, : request.top_k]
             num_response = len(request.response_ids)
             width = 1 if request.extra_ids is None else 1 + request.extra_ids.shape[1]
             values = looked_up[offset : offset + num_response * width].reshape(num_response, width)
             offset += num_response * width
             answers.append(
                 Scores(
-                    top_ids=top_ids[place, : request.top_k],
-                    top_logprobs=np.maximum(top_logprobs[place, : request.top_k], np.float32(LOWEST_LOGPROB)),
-                    sampled_logprobs=np.maximum(values[:, 0], np.float32(LOWEST_LOGPROB)),
-                    extra_logprobs=(
-                        None if request.extra_ids is None else np.maximum(values[:, 1:], np.float32(LOWEST_LOGPROB))
-                    ),
+                    top_ids=its_ids,
+                    top_logprobs=its_logprobs,
+                    sampled_logprobs=values[:, 0],
+                    extra_logprobs=None if request.extra_ids is None else values[:, 1:],
                 )
             )
         return answers
@@ -435,12 +445,15 @@ def _lookups(
     return np.concatenate(rows), np.concatenate(ids)
 
 
-def score_block(logits_RV: Tensor, *, top_k: int, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score_block(logits_RV: Tensor, *, top_k: int | None, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k ids [R, K], their log-probabilities [R, K], and those of ``(rows, ids)`` pairs; float32.
 
-    A float32 ``logits_RV`` is overwritten.
+    ``top_k=None``: the whole vocabulary in the order of its ids. A float32 ``logits_RV`` is overwritten.
     """
     logits_RV = logits_RV.float()
+    if top_k is None:
+        logprobs_RV = logits_RV.log_softmax(dim=-1)
+        return every_id(logprobs_RV), logprobs_RV, logprobs_RV[rows, ids]
     top_ids, top = top_k_by_id(logits_RV, top_k)
     looked_up = logits_RV[rows, ids]
     highest = top[:, :1].clone()

@@ -19,7 +19,7 @@ from teacher.protocol import Scores, TeacherInfo, score_request
 class LocalTeacher:
     """A ``Teacher`` made from the recipe's section. The model is loaded by the first call, in a thread of its own.
 
-    Values are not packed: float32 as the model gave them.
+    Values are not packed: float32 as the model gave them, and a whole vocabulary (K = V) in the order of ids.
     """
 
     def __init__(self, config: recipe.LocalTeacher, *, clock: Clock | None = None) -> None:
@@ -30,6 +30,7 @@ class LocalTeacher:
                 dtype=config.dtype,
                 num_threads=config.num_threads,
                 padded_tokens=config.max_batch_tokens,
+                whole_by_id=True,
                 trust_remote_code=config.trust_remote_code,
             ),
             max_batch_tokens=config.max_batch_tokens,

@@ -33,7 +33,8 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     temperature 1, and finite (``LOWEST_LOGPROB``)."""
 
     top_ids: npt.NDArray[np.int32]
-    """[T, K], descending by log-probability; ties by id ascending."""
+    """[T, K], descending by log-probability, ties by id ascending. From a teacher in this process a whole vocabulary
+    (K = V) may come in the order of ids, which spares it to sort."""
     top_logprobs: npt.NDArray[np.float32]
     """[T, K]"""
     sampled_logprobs: npt.NDArray[np.float32]

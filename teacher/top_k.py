@@ -1,4 +1,4 @@
-"""The k largest of each row with equal values in a settled order. Knows nothing of models.
+"""The k largest of each row with equal values in a settled order; or all, as they are. Knows nothing of models.
 
 ``torch.topk`` promises no order among equal values, nor which of those at the edge are in; half-precision logits are
 full of them.
@@ -28,6 +28,19 @@ def top_k_by_id(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     values, ids = _by_sorting(values_RV, k) if values_RV.device.type != "cpu" else _by_threshold(values_RV, k)
     return ids.to(torch.int32), values
+
+
+def every_id(values_RV: Tensor) -> Tensor:
+    """What belongs to rows of a whole vocabulary: [R, V] int32, each row the same memory."""
+    num_rows, num_columns = values_RV.shape
+    return torch.arange(num_columns, dtype=torch.int32, device=values_RV.device).expand(num_rows, num_columns)
+
+
+def of_whole_rows(values_RV: npt.NDArray[np.float32], k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Ids and values [R, k] of rows of a whole vocabulary: all of them in the order of ids, or the k largest."""
+    rows = torch.from_numpy(values_RV)
+    ids, values = (every_id(rows), rows) if k == rows.shape[1] else top_k_by_id(rows, k)
+    return ids.numpy(), values.numpy()
 
 
 def _by_threshold(values_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,13 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from engine.generation.top_ids import top_ids_of
 from engine.training.packing import PackedBatch, PaddedBatch, pack, pad, split_by_budget, split_padded
 from engine.training.tree_attention import Tree, tree_of
-from engine.transport.handoff import Uploader, consume
+from engine.transport.handoff import HostArray, Uploader, consume
 from engine.types import ScoredRollout
 from ops import TeacherScores
 from teacher.protocol import Scores
@@ -119,7 +120,7 @@ def lay_out(sequences: Sequence[Sequence[int]], layout: Layout) -> PackedBatch |
 
 
 def upload(
-    batch: PackedBatch | PaddedBatch, *others: npt.NDArray[np.generic], layout: Layout, uploader: Uploader
+    batch: PackedBatch | PaddedBatch, *others: HostArray, layout: Layout, uploader: Uploader
 ) -> tuple[ModelInputs, tuple[Tensor, ...]]:
     """Bring a batch, and other arrays with it, to the device in one go."""
     mask: npt.NDArray[np.bool_] | None = None
@@ -161,11 +162,11 @@ def _inputs(item: ScoredRollout[Scores]) -> tuple[int, ...]:
     return item.rollout.prompt.token_ids + item.rollout.response_ids[:-1]
 
 
-def _score_arrays(scored: Scored) -> dict[str, npt.NDArray[np.generic]]:
+def _score_arrays(scored: Scored) -> dict[str, HostArray]:
     """What ``TeacherScores`` is made of, under its names."""
     top_k = max(item.scores.top_ids.shape[1] for item in scored)
     return {
-        "top_ids": np.concatenate([_widen(item.scores.top_ids, top_k, -1) for item in scored]),
+        "top_ids": _top_ids([item.scores.top_ids for item in scored], top_k),
         "top_logprobs": np.concatenate([_widen(item.scores.top_logprobs, top_k, 0) for item in scored]),
         "sampled_ids": np.concatenate([np.asarray(item.rollout.response_ids, np.int64) for item in scored]),
         "sampled_logprobs": np.concatenate([item.scores.sampled_logprobs for item in scored]),
@@ -185,6 +186,14 @@ def _student_arrays(scored: Scored) -> dict[str, npt.NDArray[np.generic]]:
             [np.asarray(item.rollout.sampling_logprobs, np.float32) for item in scored]
         )
     return arrays
+
+
+def _top_ids(lists: Sequence[npt.NDArray[np.int32]], top_k: int) -> HostArray:
+    """[T, K] of all rollouts. Of whole vocabularies, which list their ids in order, all rows are the same memory."""
+    in_order = np.arange(top_k, dtype=np.int32)
+    if all(ids.shape[1] == top_k and (ids[0] == in_order).all() and (ids == in_order).all() for ids in lists):
+        return torch.from_numpy(in_order).expand(sum(map(len, lists)), top_k)
+    return np.concatenate([_widen(ids, top_k, -1) for ids in lists])
 
 
 def _width(array: npt.NDArray[np.generic] | None) -> int:

@@ -17,10 +17,11 @@ from typing import Any
 from engine.generation.protocol import Bucket
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import LearnerConfig, StudentConfig
+from engine.tracing import log
 from engine.training import batch as batches
 from engine.training.protocol import EvalResult, MicroBatchReport
 from engine.training.rank_plan import plan
-from engine.training.rank_work import FACTORY, RankReport, RankSettings, RankTrainer, RankWork
+from engine.training.rank_work import FACTORY, RankReport, RankSettings, RankStep, RankTrainer, RankWork
 from engine.transport.manifest import digest_of
 from engine.transport.rank_group import RankGroup
 from engine.types import ScoredRollout, StepReport
@@ -43,6 +44,8 @@ class MegatronTrainer:
 
     Args:
         steps: of the whole run: where the learning rate schedule ends.
+        rollouts_per_step: by which the ranks know a step's last call, and can begin to sum gradients in it
+            (``learner.megatron.overlap_grad_reduce``); None: they sum at the end of the step.
         folder: where the ranks' output is kept.
         factory: of a rank's trainer, "module:function" as ``engine.training.rank_work.FACTORY`` says.
     """
@@ -55,6 +58,7 @@ class MegatronTrainer:
         objective: ObjectiveConfig,
         steps: int,
         folder: Path,
+        rollouts_per_step: int | None = None,
         seed: int = 0,
         factory: str = FACTORY,
     ) -> None:
@@ -66,8 +70,9 @@ class MegatronTrainer:
         self._factory = factory
         self._attention_length = _attention_length(Path(student.path))
         self._group: RankGroup | None = None
+        self._rollouts_per_step = rollouts_per_step
         self._num_accumulated = 0
-        """Calls in the step under way."""
+        """Rollouts in the step under way."""
         self._digest: tuple[int, str] | None = None
         """Of a version."""
         self._leaving = threading.Lock()
@@ -90,6 +95,7 @@ class MegatronTrainer:
         self.version = self._of_rank_0(results, "load")
 
     def accumulate(self, micro_batch: Sequence[ScoredRollout[Scores]]) -> MicroBatchReport:
+        """Also raises RuntimeError: more rollouts than a step has."""
         batches.check(micro_batch)
         total, allowed = batches.num_tokens(micro_batch), self._config.tokens_at_a_time
         if total > allowed:
@@ -99,17 +105,28 @@ class MegatronTrainer:
                 f"{self._layout.data_parallel} × {self._layout.num_micro_batches}); make it smaller or raise "
                 "one of them"
             )
-        reports = self._call("accumulate", self._plan(micro_batch))
-        self._num_accumulated += 1
+        num_accumulated = self._num_accumulated + len(micro_batch)
+        if self._rollouts_per_step is not None and num_accumulated > self._rollouts_per_step:
+            raise RuntimeError(
+                f"step {self.version + 1} would get {num_accumulated} rollouts, rollouts_per_step is "
+                f"{self._rollouts_per_step}; call finish_step when it has them"
+            )
+        is_last = num_accumulated == self._rollouts_per_step
+        reports = self._call("accumulate", self._plan(micro_batch, is_last=is_last))
+        self._num_accumulated = num_accumulated
         return _together([report for report in reports if report is not None], micro_batch)
 
     def finish_step(self) -> StepReport:
         """Also raises RuntimeError when nothing was accumulated."""
         if self._num_accumulated == 0:
             raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
-        report: StepReport = self._of_rank_0(self._call("finish_step"), "finish_step")
+        done: RankStep = self._of_rank_0(self._call("finish_step"), "finish_step")
+        report = done.report
         self._num_accumulated = 0
         self.version = report.step
+        if done.expert_tokens:
+            layers, tokens = list(done.expert_tokens), list(done.expert_tokens.values())
+            log.info("router.counted", step=report.step, layers=layers, tokens=tokens)
         return report
 
     def evaluate(self, scored: Sequence[ScoredRollout[Scores]]) -> list[EvalResult]:
@@ -176,13 +193,14 @@ class MegatronTrainer:
             self._group = None
             raise
 
-    def _plan(self, scored: Sequence[ScoredRollout[Scores]]) -> list[dict[str, RankWork]]:
+    def _plan(self, scored: Sequence[ScoredRollout[Scores]], *, is_last: bool = False) -> list[dict[str, RankWork]]:
         """Arguments of each rank; of ranks that compute alike the same object, which is then encoded once."""
         works = plan(
             scored,
             config=self._layout,
             budget=self._config.micro_batch_tokens,
             attention_length=self._attention_length,
+            is_last=is_last,
         )
         arguments = {id(work): {"work": work} for work in works}
         return [arguments[id(work)] for work in works]

@@ -173,6 +173,12 @@ def check_layout(shape: StudentShape, config: MegatronConfig) -> None:
                 f"learner.megatron: tensor_parallel={tp} does not divide the student's {size} {name}; "
                 f"it may be {_divisors(math.gcd(*sizes.values()))}"
             )
+    if shape.experts is not None and tp > 1 and not config.sequence_parallel:
+        raise RecipeError(
+            f"learner.megatron: sequence_parallel=false with tensor_parallel={tp}, and the student has experts: its "
+            "router is trained right only where each rank routes tokens of its own; set sequence_parallel=true or "
+            "tensor_parallel=1"
+        )
     num_experts = 0 if shape.experts is None else shape.experts.num_experts
     if ep > 1 and (num_experts == 0 or num_experts % ep != 0):
         has = f"{num_experts} experts, which it does not divide" if num_experts else "no experts"

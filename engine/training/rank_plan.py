@@ -92,9 +92,19 @@ def pass_cost(lengths: Sequence[int], attention_length: float) -> float:
 
 
 def plan(
-    scored: Sequence[ScoredRollout[Scores]], *, config: MegatronConfig, budget: int, attention_length: float
+    scored: Sequence[ScoredRollout[Scores]],
+    *,
+    config: MegatronConfig,
+    budget: int,
+    attention_length: float,
+    is_last: bool = False,
 ) -> list[RankWork]:
     """The work of every rank of ``config``, in order. Ranks that compute alike get the same object.
+
+    Args:
+        budget: most tokens of a pass.
+        attention_length: A.
+        is_last: of the step's calls.
 
     Raises:
         ValueError: a rollout alone is over the budget.
@@ -111,7 +121,8 @@ def plan(
             micro_batches=tuple(
                 RankMicroBatch(rollouts=tuple((with_scores if place.is_last_stage else without)[i] for i in indices))
                 for indices in shares[place.share]
-            )
+            ),
+            is_last=is_last,
         )
         for place in set(places)
     }

@@ -92,6 +92,8 @@ class RankWork(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's share of one call. The number of micro-batches is the same on every rank."""
 
     micro_batches: tuple[RankMicroBatch, ...]
+    is_last: bool = False
+    """Of an ``accumulate``: ``finish_step`` comes next, so gradients may be on their way before. False: not known."""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +107,14 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """Positions that went through the model, padding included."""
     token_losses: TokenLosses | None = None
     """Of one rollout, in the first call of a step; its ``index`` is a ``RankRollout.index``."""
+
+
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 says of a step, over all ranks."""
+
+    report: StepReport
+    expert_tokens: dict[int, tuple[int, ...]] = {}
+    """Of each layer with experts, counted from 0: tokens that were routed to each of them; no padding."""
 
 
 class RankTrainer(Protocol):
@@ -126,8 +136,8 @@ class RankTrainer(Protocol):
 
     def accumulate(self, work: RankWork) -> RankReport | None: ...
 
-    def finish_step(self) -> StepReport | None:
-        """Rank 0 reports, over all ranks."""
+    def finish_step(self) -> RankStep | None:
+        """Rank 0 reports."""
         ...
 
     def evaluate(self, work: RankWork) -> Sequence[tuple[int, EvalResult]] | None:

@@ -3,8 +3,9 @@
     python -m tests.bench.bench_logprobs --model models/smollm2/student
 
 The generator answers prompts of the demo at temperature 1 in float32; its log-probabilities, and those that plain
-passes of transformers (sdpa and eager) give the same tokens, are compared with a pass in float64. Needs a model of the
-Llama family, whose norm computes in float32 whatever its weights are and is replaced for the judge.
+passes of transformers (sdpa and eager) give the same tokens, are compared with a pass in float64, and with each other.
+Needs a model of the Llama family, whose norm computes in float32 whatever its weights are and is replaced for the
+judge.
 """
 
 from __future__ import annotations
@@ -103,6 +104,14 @@ def main() -> None:
         sys.stdout.write(
             f"{name:<18} largest {error.max():.2e}   root mean square {np.sqrt((error**2).mean()):.2e} nats "
             f"over {len(error)} tokens\n"
+        )
+    reference = measured["plain pass, sdpa"]
+    for name in ("generator", "plain pass, eager"):
+        apart = np.abs(measured[name] - reference)
+        relative = (apart / np.maximum(1.0, np.abs(reference))).max()
+        sys.stdout.write(
+            f"{name:<18} from the plain pass, sdpa: {apart.max():.2e} nats, "
+            f"{relative:.2e} of max(1, |log-probability|)\n"
         )
 
 

@@ -30,6 +30,9 @@ from recipes.smollm2_models import FIRST_HELD_OUT_ROW
 from tests.bench.report import OURS, Report, Row, Target, add_options, finish, progress
 
 SERIAL = "serial"
+RECIPE = "recipes/smollm2.py"
+AGREEMENT = 0.15
+"""Of a run with what is predicted from its log, in rollouts per second."""
 MODELS = Path("models/smollm2")
 NEW_TOKENS = 48
 END = 2
@@ -42,6 +45,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     before: float
     after: float
     """Held-out KL, nats per token."""
+    prediction: Prediction | None = None
+
+
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """Rollouts per second, and who holds the others up: in a run, and as simulated from its log."""
+
+    rollouts_per_s: float
+    simulated_per_s: float
+    bottleneck: str
+    simulated_bottleneck: str
 
 
 class Serial:
@@ -122,16 +135,31 @@ def serial(train: Sequence[str], held_out: Sequence[str], steps: int) -> Result:
 def ours(held_out: Sequence[str]) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "recipes.demo", "--out", str(out), "--set", "checkpoint.every_steps=0"]
+        settings = ["--set", "checkpoint.every_steps=0"]
+        command = [sys.executable, "-m", "recipes.demo", "--out", str(out), *settings]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         summary = json.loads((out / "summary.json").read_text())
+        prediction = predict(out, summary, settings)
         script = Serial()
         before = script.measure(held_out)
         script.student = _load(summary["student"])
         after = script.measure(held_out)
     # Measuring overlaps with the first answers and follows the last step; all of it is taken out, to our disadvantage
     # where it overlapped.
-    return Result(seconds=_training_seconds(summary), steps=summary["step"], before=before, after=after)
+    return Result(
+        seconds=_training_seconds(summary), steps=summary["step"], before=before, after=after, prediction=prediction
+    )
+
+
+def predict(out: Path, summary: dict[str, Any], settings: Sequence[str]) -> Prediction:
+    command = [sys.executable, "-m", "engine.run", RECIPE, "--simulate-from", str(out), "--json", *settings]
+    simulated = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return Prediction(
+        rollouts_per_s=summary["rollouts_per_s"],
+        simulated_per_s=simulated["rollouts_per_s"],
+        bottleneck=summary["bottleneck"],
+        simulated_bottleneck=simulated["bottleneck"],
+    )
 
 
 def _training_seconds(summary: dict[str, Any]) -> float:
@@ -158,6 +186,18 @@ def rows_of(side: str, result: Result) -> list[Row]:
         Row(load=load, contender=side, value=result.seconds, unit="s"),
         Row(load=load, contender=side, value=result.before, unit="nats/token before"),
         Row(load=load, contender=side, value=result.after, unit="nats/token after"),
+    ]
+
+
+def targets_of(prediction: Prediction | None) -> list[Target]:
+    if prediction is None:
+        return []
+    apart = abs(prediction.simulated_per_s / prediction.rollouts_per_s - 1.0)
+    is_same = prediction.bottleneck == prediction.simulated_bottleneck
+    names = f"{prediction.bottleneck} in the run, {prediction.simulated_bottleneck} in the simulation"
+    return [
+        Target(what="simulated from its log, rollouts/s off by", found=apart, bound=AGREEMENT, at_most=True, unit=""),
+        Target(what=f"the same bottleneck ({names})", found=float(is_same), bound=1.0, unit=""),
     ]
 
 
@@ -193,6 +233,7 @@ def main() -> int:
                 what="held-out KL, share left", found=ours.after / ours.before, bound=0.5, at_most=True, unit="of it"
             ),
             Target(what="seconds of the serial script", found=serial.seconds / ours.seconds, bound=1.0),
+            *targets_of(ours.prediction),
         ),
     )
     return finish(report, as_json=options.json)

@@ -73,12 +73,14 @@ def signal_a_rank(process: subprocess.Popen[str], out: Path, rank: int, name: si
 def test_a_run_whose_rank_is_killed_restores_itself_and_ends_in_the_bits_of_a_quiet_one(
     world: World, tmp_path: Path
 ) -> None:
+    """The quiet one's ranks wait for every sum and gather, the killed one's do not."""
     recipe = world.recipe(tmp_path / "r.py")
     same = options(max_staleness=0, deterministic=True, steps=16, learner__megatron__max_restores=1)
+    overlapped = options(learner__megatron__overlap_grad_reduce=True, learner__megatron__overlap_param_gather=True)
     run(recipe, "--out", str(tmp_path / "quiet"), *same, "--json")
 
     out = tmp_path / "killed"
-    process = start_run(recipe, "--out", str(out), *same, "--json")
+    process = start_run(recipe, "--out", str(out), *same, *overlapped, "--json")
     signal_a_rank(process, out, 0, signal.SIGKILL, after="weights.push")
     finished = finish(process)
 
@@ -95,12 +97,15 @@ def test_a_run_whose_rank_is_killed_restores_itself_and_ends_in_the_bits_of_a_qu
 def test_a_rank_that_dies_ends_the_run_with_its_name_and_resume_goes_on_exactly_once(
     world: World, tmp_path: Path
 ) -> None:
+    """Once its restores are used up."""
     recipe, out = world.recipe(tmp_path / "r.py"), tmp_path / "out"
-    process = start_run(recipe, "--out", str(out), *options(steps=16))
+    process = start_run(recipe, "--out", str(out), *options(steps=16, learner__megatron__max_restores=1))
+    signal_a_rank(process, out, 0, signal.SIGKILL, after="learner.step")
     signal_a_rank(process, out, 1, signal.SIGKILL, after="learner.step")
     failed = finish(process)
 
     assert failed.code == 1
+    assert [line["restores_left"] for line in events(out) if line["event"] == "run.restoring"] == [0]
     assert "rank 1 of 2 was killed by SIGKILL" in failed.stderr
     assert_no_rank_is_left(out)
     # Another layout may go on from the checkpoint.

@@ -144,6 +144,29 @@ def test_the_order_of_the_top_k_does_not_matter(case: Case, objective: Objective
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * size)
 
 
+@given(case=cases(), objective=st.sampled_from(OBJECTIVES), temperature=st.sampled_from((1.0, 1.7)))
+def test_a_whole_vocabulary_in_the_order_of_its_ids_is_one_like_any_other(
+    case: Case, objective: Objective, temperature: float
+) -> None:
+    """It takes another path: that of the dense divergence."""
+    num_ids = case.teacher.shape[1]
+    in_order = replace(
+        case.scores, top_ids=torch.arange(num_ids).expand(len(case.teacher), num_ids), top_logprobs=case.teacher
+    )
+    backwards = replace(in_order, top_ids=in_order.top_ids.flip(1), top_logprobs=case.teacher.flip(1))
+    one_by_one = replace(in_order, top_ids=in_order.top_ids.contiguous())
+
+    def look(scores: TeacherScores) -> tuple[dict[str, Tensor], Tensor]:
+        leaf = case.logits.clone().requires_grad_()
+        out = divergence(objective, leaf, scores, temperature=temperature)
+        return {"value": out.values, **out.metrics}, torch.autograd.grad(out.values.sum(), leaf)[0]
+
+    expected = look(backwards)
+    size = max(1.0, float(expected[0]["value"].detach().abs().max()))
+    torch.testing.assert_close(look(in_order), expected, rtol=1e-9, atol=1e-12 * size)
+    torch.testing.assert_close(look(one_by_one), look(in_order), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 @pytest.mark.parametrize("block_rows", [1, 2, 3, 5])
 def test_cutting_the_positions_into_blocks_changes_nothing(objective: Objective, block_rows: int) -> None:

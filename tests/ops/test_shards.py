@@ -114,6 +114,24 @@ def test_a_dense_teacher_is_cut_like_the_student(ranks: Ranks, objective: Object
     check(ranks, objective, case.logits.float(), teacher, shards(num_ranks, VOCAB_SIZE + 1), block_rows=2)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("objective", DENSE, ids=repr)
+def test_a_list_of_the_whole_vocabulary_is_cut_like_the_student(
+    ranks: Ranks, objective: Objective, num_ranks: int
+) -> None:
+    logits, scores = scored_case(VOCAB_SIZE - 7, num_padded_columns=4)
+    logits = torch.nn.functional.pad(logits, (0, 3), value=torch.nan)  # the last of four shards is padding alone
+    teacher = torch.randn(6, VOCAB_SIZE - 7, generator=torch.Generator().manual_seed(1)).log_softmax(1)
+    whole = TeacherScores(
+        top_ids=torch.arange(VOCAB_SIZE - 7).expand_as(teacher),
+        top_logprobs=teacher,
+        sampled_ids=scores.sampled_ids,
+        sampled_logprobs=teacher[:, 0],
+    )
+
+    check(ranks, objective, logits, whole, shards(num_ranks, VOCAB_SIZE), vocab_size=VOCAB_SIZE - 7)
+
+
 @pytest.mark.parametrize("widths", [[1, 23], [20, 1, 3], [24, 0], [2, 2, 20], [0, 12, 12, 0]])
 def test_shards_may_have_any_widths(ranks: Ranks, widths: list[int]) -> None:
     logits, scores = scored_case(VOCAB_SIZE)

@@ -6,12 +6,14 @@ import asyncio
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.errors import ModelError, TeacherRefused, TeacherUnavailable
 from engine.recipe import LocalTeacher as LocalTeacherConfig
 from teacher.folder import read_config, refuse_quantised
 from teacher.local import LocalTeacher
+from teacher.protocol import Scores
 from tests.support.models import tiny_model
 
 
@@ -22,6 +24,27 @@ async def test_calls_that_come_together_load_the_model_once_and_share_a_batch(te
 
     assert [answer.top_ids.shape for answer in answers] == [(2, 2)] * 4
     assert teacher.statistics().batches_total == 1
+    await teacher.close()
+
+
+async def test_a_whole_vocabulary_comes_in_the_order_of_its_ids_beside_shorter_lists(teacher_folder: Path) -> None:
+    teacher = LocalTeacher(LocalTeacherConfig(model=str(teacher_folder)))
+
+    async def ask(top_k: int) -> Scores:
+        return await teacher.score(prompt_ids=[1, 2], response_ids=[7, 3], top_k=top_k)
+
+    whole, few, nearly = await asyncio.gather(ask(384), ask(5), ask(383))
+
+    assert teacher.statistics().batches_total == 1
+    assert (whole.top_ids == np.arange(384)).all()
+    np.testing.assert_allclose(np.exp(whole.top_logprobs.astype(np.float64)).sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(whole.sampled_logprobs, whole.top_logprobs[[0, 1], [7, 3]])
+    for some in (few, nearly):
+        assert (np.diff(some.top_logprobs, axis=1) <= 0).all()
+        np.testing.assert_array_equal(np.take_along_axis(whole.top_logprobs, some.top_ids, 1), some.top_logprobs)
+    alone = await ask(5)
+    np.testing.assert_array_equal(alone.top_ids, few.top_ids)
+    np.testing.assert_allclose(alone.top_logprobs, few.top_logprobs, rtol=0, atol=1e-6)
     await teacher.close()
 
 

@@ -4,36 +4,49 @@ part of, so that any layout of the same student goes on from it.
     trainer/    *.distcp    weights, master weights, moments, the router's biases
                 state.json  the step, and how many updates AdamW has made
 
-Two things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
+Three things are done otherwise than in Megatron. Its optimizer has one part for experts and one for the rest, but only
 where experts are spread over ranks, and saves each part's settings; here the tensors alone are saved, and settings come
-from the recipe. And its writer starts two processes on every rank at each save; here the rank writes by itself.
+from the recipe. Its writer starts two processes on every rank at each save; here the rank writes by itself. And of
+what it gathers it takes the padding between buckets out and then looks for parameters where they were with it, so that
+one is saved with the moments of another (its own comment suspects as much); here they stay where they are.
 
-The index of this format (``.metadata``) is a pickle, which torch reads: the one file of ours of which that is so. Who
-can write to a run's folder can run code in what resumes from it.
+Nothing but tensors is saved: what else a module would keep (``_extra_state``) is a pickle, and empty here. The index is
+one, too, and is read by ``index``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.distributed import DistributedDataParallel
-from torch.distributed.checkpoint import state_dict_saver
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from engine.errors import CheckpointError
+from engine.training.megatron_inside.index import IndexReader
 from engine.training.megatron_inside.model import unwrapped
 from engine.training.megatron_inside.optimizer import StepOptimizer
 
@@ -76,12 +89,17 @@ def load(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer)
     wanted = _sharded(chunk, optimizer, is_loading=True)
     try:
         with _as_exceptions():
-            found = dist_checkpointing.load(wanted, str(folder))
+            found = dist_checkpointing.load(wanted, str(folder), sharded_strategy=_ReadHere())
+    except CheckpointError as error:
+        raise CheckpointError(f"trainer state in {str(folder)!r} cannot be read: {error}") from error
     except Exception as error:  # torch, Megatron, zip files and pickles raise a dozen kinds; all mean this folder
         raise CheckpointError(
             f"trainer state in {str(folder)!r} cannot be read: {type(error).__name__}: {error}"
         ) from error
-    unwrapped(chunk).load_state_dict(found["model"])
+    missing, unexpected = unwrapped(chunk).load_state_dict(found["model"], strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing, f"asked for by name, and not found: {missing}"
+    assert not unexpected, f"not asked for, and found: {unexpected}"
     for number, part in enumerate(optimizer.megatron.chained_optimizers):
         groups = part.state_dict()["optimizer"]["param_groups"]
         for group in groups:
@@ -103,12 +121,32 @@ def _sharded(chunk: DistributedDataParallel, optimizer: StepOptimizer, *, is_loa
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = unwrapped(chunk).sharded_state_dict(metadata=metadata)
+    whole = unwrapped(chunk).sharded_state_dict(metadata=metadata)
+    model = {name: sharded for name, sharded in whole.items() if not isinstance(sharded, ShardedObject)}
     tensors: dict[str, Any] = {"model": model}
     for number, part in enumerate(optimizer.megatron.chained_optimizers):
+        part.get_parameter_state_dp_zero = partial(_padded_state, part)
         whole = part.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         tensors[f"optimizer.{number}"] = whole["param_state"]
     return tensors
+
+
+def _padded_state(part: Any, **options: Any) -> dict[Any, Any]:
+    """Megatron's ``get_parameter_state_dp_zero``, with every parameter's state where ``param_index_map`` says."""
+    state: dict[Any, Any] = type(part).get_parameter_state_dp_zero(part, **options)
+    for number, buffer in enumerate(part.buffers):
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[name] = _with_padding(tensors[name], buffer.buckets)
+    return state
+
+
+def _with_padding(packed: Tensor, buckets: Sequence[Any]) -> Tensor:
+    """[elements of all buckets, padding included], of what has them one after the other."""
+    padded = packed.new_zeros(sum(len(bucket.grad_data) for bucket in buckets))
+    for bucket, values in zip(buckets, torch.split(packed, [bucket.numel_unpadded for bucket in buckets]), strict=True):
+        padded[bucket.offset : bucket.offset + len(values)] = values
+    return padded
 
 
 def _read_state(folder: Path) -> _State:
@@ -134,6 +172,25 @@ def _as_exceptions() -> Iterator[None]:
     except CheckpointException as told:
         (cause, _), *_ = told.failures.values()
         raise cause from None
+
+
+class _ReadHere(TorchDistLoadShardedStrategy):  # type: ignore[misc]
+    """Megatron's format, with an index that nothing is run of."""
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        tensors, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        wanted = mcore_to_pyt_state_dict(tensors, True)
+        state_dict_loader.load(
+            wanted,
+            storage_reader=IndexReader(checkpoint_dir),
+            planner=MCoreLoadPlanner(
+                shapes_validation_sharded_tensors=list(nested_values(sharded_state_dict)),
+            ),
+        )
+        found = {name: _unwrap_pyt_sharded_tensor(tensor) for name, tensor in wanted.items()}
+        loaded = _replace_sharded_keys_with_state_dict_keys(found, flat, renamed)
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded
 
 
 class _WriteHere(TorchDistSaveShardedStrategy):  # type: ignore[misc]

@@ -48,7 +48,7 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         "bf16": dtype is torch.bfloat16,
         # Where.
         "tensor_model_parallel_size": config.tensor_parallel,
-        "sequence_parallel": config.tensor_parallel > 1,
+        "sequence_parallel": config.shares_sequences,
         "pipeline_model_parallel_size": config.pipeline_parallel,
         "num_layers_in_first_pipeline_stage": config.first_stage_layers,
         "num_layers_in_last_pipeline_stage": config.last_stage_layers,
@@ -81,9 +81,16 @@ def transformer_config(shape: StudentShape, config: MegatronConfig) -> Transform
         return MLATransformerConfig(**options, **_latent(shape.latent, shape.rope))
 
 
-def ddp_config() -> DistributedDataParallelConfig:
+def ddp_config(config: MegatronConfig) -> DistributedDataParallelConfig:
     """Of gradients: summed in float32, once per step."""
-    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+        # All gathers are begun by ``overlap``, none by the module before.
+        align_param_gather=config.overlap_param_gather,
+    )
 
 
 def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
@@ -100,6 +107,7 @@ def optimizer_config(learner: LearnerConfig) -> OptimizerConfig:
         bf16=config.dtype == "bfloat16",
         params_dtype=DTYPES[config.dtype],
         use_distributed_optimizer=True,
+        overlap_param_gather=config.overlap_param_gather,
     )
 
 

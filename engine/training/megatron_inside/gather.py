@@ -31,6 +31,7 @@ from engine.generation.protocol import Bucket
 from engine.generation.shareable import Address, map_address
 from engine.training.megatron_inside.convert import held_tensors, size_of_region
 from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.overlap import Written
 from engine.training.megatron_names import HEAD, HF_ROUTER_BIAS, Held, Region, hf_tensors
 from engine.training.megatron_student import StudentShape
 from engine.training.rank_work import ExportBuffers
@@ -81,7 +82,7 @@ class Exporter:
         self._group = dist.new_group(backend="gloo")
         self._check_complete()
 
-    def buckets(self, *, bucket_bytes: int, written: torch.cuda.Event | None = None) -> Iterator[Bucket]:
+    def buckets(self, *, bucket_bytes: int, written: Written | None = None) -> Iterator[Bucket]:
         """Collective: every rank iterates to the end, or all give up after the same bucket. Rank 0 gets the version,
         in the order of ``specs``; what the others get is empty.
 
@@ -89,13 +90,13 @@ class Exporter:
         for the next but one.
 
         Args:
-            written: reached when the weights hold the version; None: they do.
+            written: when the weights hold the version; None: they do.
         """
         groups = cut([spec.num_bytes for spec in self.specs], limit=bucket_bytes)
         layouts = [lay_out(self.specs[group.start : group.stop]) for group in groups]
         num_bytes = max(layout.num_bytes for layout in layouts)
-        if written is not None and self._stream is not None:
-            self._stream.wait_event(written)
+        if written is not None:
+            written.wait(self._stream)
         for group, layout in zip(groups, layouts, strict=True):
             tensors = views(self._memory(num_bytes), layout)
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):

@@ -12,7 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -67,12 +70,13 @@ def build_model(shape: StudentShape, config: MegatronConfig) -> list[StudentMode
 
 
 class _BeforeHead(ColumnParallelLinear):  # type: ignore[misc]
-    """The head without its product: [s / ranks, 1, d] in, [s, 1, d] out."""
+    """The head without its product: [s / ranks, 1, d] in (under sequence parallelism; else [s, 1, d]), [s, 1, d] out.
+    Either way the backward pass sums what the ranks found of the gradient."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if self.sequence_parallel:
-            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
-        return input_, None
+            return gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True), None
+        return copy_to_tensor_model_parallel_region(input_), None
 
 
 def _mark_experts(model: nn.Module) -> None:
@@ -87,7 +91,7 @@ def _device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
 
 
-def wrap(model: StudentModel) -> DistributedDataParallel:
+def wrap(model: StudentModel, layout: MegatronConfig) -> DistributedDataParallel:
     """In half precision where the recipe says so, with buffers in which gradients add up. Weights are set after."""
     config = model.config
     module: nn.Module = Float16Module(config, model) if config.bf16 else model
@@ -97,7 +101,7 @@ def wrap(model: StudentModel) -> DistributedDataParallel:
             # Float16Module rounds it with the weights. Megatron would mend that in the first pass: too late for the
             # value that was loaded, and for whoever exports before.
             bias.data = bias.data.float()
-    return DistributedDataParallel(config, ddp_config(), module)
+    return DistributedDataParallel(config, ddp_config(layout), module)
 
 
 def unwrapped(chunk: nn.Module) -> StudentModel:

@@ -14,6 +14,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from engine.recipe import LearnerConfig
 from engine.training.megatron_inside.config import optimizer_config
 from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.overlap import start_sums
 
 
 class StepOptimizer:
@@ -39,6 +40,7 @@ class StepOptimizer:
             num_rows: response tokens whose rows this rank had; the last stage's count.
         """
         device = next(self._chunk.parameters()).device
+        start_sums(self._chunk)
         finalize_model_grads([self._chunk], torch.tensor(num_rows, dtype=torch.int32, device=device))
         found_inf = self.megatron.prepare_grads()
         assert not found_inf, "only loss scaling looks for infinities, and there is none"
@@ -46,7 +48,8 @@ class StepOptimizer:
 
     @torch.no_grad()
     def step(self, *, grad_norm: float, lr: float) -> None:
-        """Clip (the norm is ``grad_norm``), update, clear."""
+        """Clip (the norm is ``grad_norm``), update, clear. Under ``overlap_param_gather`` weights are whole again only
+        after ``overlap.start_gather``."""
         if self._grad_clip is not None and grad_norm > self._grad_clip:
             # Exactly, where Megatron's adds 1e-6 to the norm.
             parts = [part.get_parameters() for part in self.megatron.chained_optimizers]

@@ -1,5 +1,5 @@
 """Micro-batches through the model by Megatron's own schedule, forward alone or with backward; gradients add up in DDP's
-buffers, neither summed over ranks nor divided by anything.
+buffers, not divided by anything, and summed over ranks in a step's last pass at the earliest.
 
 Every rank makes as many passes. Between ranks of one pipeline activations travel; what a pass found is known on the
 last stage alone.
@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from engine.training.megatron_inside.inputs import Row, make_row
 from engine.training.megatron_inside.loss import Found, Targets, loss_of, make_targets
 from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.overlap import summing
 from engine.training.rank_work import RankMicroBatch, RankRollout
 from engine.transport.handoff import Uploader
 from ops import Objective
@@ -41,12 +43,13 @@ class Passes:
 
 
 def run_passes(
-    chunk: nn.Module,
+    chunk: DistributedDataParallel,
     micro_batches: Sequence[RankMicroBatch],
     objective: Objective,
     *,
     uploader: Uploader,
     forward_only: bool,
+    is_last: bool = False,
     watch: Callable[[Row], AbstractContextManager[None]] = lambda row: nullcontext(),
     **measure: Any,
 ) -> Passes:
@@ -54,6 +57,7 @@ def run_passes(
 
     Args:
         chunk: the model with what is wrapped around it.
+        is_last: no further passes add to the step's gradient.
         watch: entered for each row's forward pass.
         measure: as in ``ops.linear_divergence``.
     """
@@ -72,7 +76,7 @@ def run_passes(
         loss = partial(loss_of, model=unwrapped(model), targets=targets, objective=objective, **measure)
         return hidden, loss
 
-    with torch.set_grad_enabled(not forward_only):
+    with torch.set_grad_enabled(not forward_only), summing(chunk, is_last=is_last):
         found = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(micro_batches),

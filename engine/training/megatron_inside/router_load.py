@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from engine.training.megatron_inside.inputs import Row
+from engine.training.megatron_inside.model import unwrapped
 
 
 class RouterLoad:
@@ -29,6 +30,9 @@ class RouterLoad:
     def __init__(self, model: nn.Module) -> None:
         self._routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         self._counts = [torch.zeros(0)] * len(self._routers)
+        config = unwrapped(model).config
+        self._num_layers, self._num_experts = config.num_layers, config.num_moe_experts
+        self._device = next(model.parameters()).device
         self._is_real: Tensor | None = None
         """[tokens that this rank routes] of the row that is counted; None: none is."""
         for number, router in enumerate(self._routers):
@@ -58,14 +62,17 @@ class RouterLoad:
             if router.local_tokens_per_expert is not None:
                 router.local_tokens_per_expert.copy_(counts)
 
-    def peak(self) -> float:
-        """Tokens of the busiest expert over those of the mean one, the largest of all layers of this stage; 0 without
-        experts. Collective within the stage."""
-        if not self._counts:
-            return 0.0
-        counts = torch.stack(self._counts)
-        dist.all_reduce(counts, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-        return float((counts.amax(dim=1) / counts.mean(dim=1).clamp(min=1e-9)).amax())
+    def per_expert(self) -> dict[int, tuple[int, ...]]:
+        """Of each layer of the whole model that has experts, counted from 0: tokens of each expert. Collective over all
+        ranks; every rank must hold a stage of the same model."""
+        if self._num_experts is None:
+            return {}
+        counts = torch.zeros(self._num_layers, self._num_experts, dtype=torch.float64, device=self._device)
+        for router, mine in zip(self._routers, self._counts, strict=True):
+            counts[router.layer_number - 1] = mine.double()
+        dist.all_reduce(counts)
+        rows = enumerate(counts.long().tolist())
+        return {layer: tuple(tokens) for layer, tokens in rows if any(tokens)}
 
     def _listener(self, number: int) -> Any:
         def listen(module: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.metric_catalogue import OBJECTIVE_METRICS
 
@@ -26,6 +25,8 @@ class StepSums:
     """One rank's. What several ranks know alike is added on one of them (but ``num_calls`` and ``num_rows``)."""
 
     num_calls: int = 0
+    is_complete: bool = False
+    """The step's last call has been made."""
     num_rows: int = 0
     """Response tokens whose rows went through this rank: what Megatron divides the gradient by, from the last stage."""
     num_rollouts: int = 0
@@ -70,12 +71,11 @@ class StepSums:
         )
 
 
-def largest_over_all_ranks(values: list[float], device: torch.device) -> list[float]:
+def largest_over_all_ranks(value: float, device: torch.device) -> float:
     """Collective."""
-    largest: Tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    result: list[float] = largest.tolist()
-    return result
+    return float(largest)
 
 
 def peak_memory_bytes() -> int:

@@ -8,7 +8,7 @@ ranks, so that it does not matter how a step was cut into calls, micro-batches a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from engine.training.megatron_inside.gather import Exporter
 from engine.training.megatron_inside.loss import Found
 from engine.training.megatron_inside.model import build_model, wrap
 from engine.training.megatron_inside.optimizer import RouterBias, StepOptimizer
+from engine.training.megatron_inside.overlap import Written, finish_gather, start_gather
 from engine.training.megatron_inside.passes import Passes, run_passes
 from engine.training.megatron_inside.router_load import RouterLoad
 from engine.training.megatron_inside.save import save_student
@@ -40,10 +41,18 @@ from engine.training.megatron_inside.step_sums import (
 from engine.training.megatron_student import StudentShape, check_layout, read_shape
 from engine.training.objectives import make_objective
 from engine.training.protocol import EvalResult, TokenLosses
-from engine.training.rank_work import ExportBuffers, RankMicroBatch, RankReport, RankRollout, RankSettings, RankWork
+from engine.training.rank_work import (
+    ExportBuffers,
+    RankMicroBatch,
+    RankReport,
+    RankRollout,
+    RankSettings,
+    RankStep,
+    RankWork,
+)
 from engine.training.saved import STUDENT, TRAINER
 from engine.training.schedule import learning_rate
-from engine.transport.handoff import Uploader, record
+from engine.transport.handoff import Uploader
 from engine.types import StepReport
 from ops import ForwardKL, Objective
 from teacher.protocol import Scores
@@ -76,14 +85,14 @@ class MegatronRankTrainer:
         }
         self._state: _Loaded | None = None
         self._step = StepSums()
-        self._weights_written: torch.cuda.Event | None = None
-        """On the stream of the thread that trains, which others know only by this event."""
+        self._weights_written = Written(None)
+        """By the thread that trains; others know of it only by this."""
 
     def start(self) -> None:
         """Also raises RecipeError: the layout does not fit the student."""
         self._state = self._load(Path(self._student.path), weights=True)
         self._step = StepSums()
-        self._weights_written = record(self._device)
+        self._weights_written = self._gather()
 
     def load(self, folder: Path) -> int:
         """Raises ModelError or CheckpointError when something in ``folder`` is missing or broken. It may have been
@@ -91,13 +100,18 @@ class MegatronRankTrainer:
         loaded = self._load(folder / STUDENT, weights=False)
         self.version = checkpoint.load(folder / TRAINER, loaded.chunk, loaded.optimizer)
         self._state, self._step = loaded, StepSums()
-        self._weights_written = record(self._device)
+        self._weights_written = self._gather()
         return self.version
 
     def accumulate(self, work: RankWork) -> RankReport | None:
         sums, is_first = self._step, self._step.num_calls == 0
+        if sums.is_complete:
+            raise RuntimeError(f"the last call of step {self.version + 1} has been made; finish_step comes next")
+        sums.is_complete = work.is_last
         with sums.timed("passes_s"):
-            passes = self._run(work.micro_batches, self._objective, is_training=True, **self._measure)
+            passes = self._run(
+                work.micro_batches, self._objective, is_training=True, is_last=work.is_last, **self._measure
+            )
         sums.num_calls += 1
         sums.num_rows += passes.num_tokens
         if not _is_heard():
@@ -127,12 +141,13 @@ class MegatronRankTrainer:
             token_losses=token_losses,
         )
 
-    def finish_step(self) -> StepReport | None:
+    def finish_step(self) -> RankStep | None:
         """Also raises RuntimeError when nothing was accumulated, and NonFiniteError, on all ranks alike."""
         loaded, step = self._loaded, self._step
         totals = step.over_all_ranks(self._device)
         if totals.num_tokens == 0:
             raise RuntimeError(f"step {self.version + 1} has no tokens; call accumulate before finish_step")
+        finish_gather(loaded.chunk)
         bias = RouterBias(loaded.chunk)
         loaded.load.put_into_routers()
         with totals.timed("reduce_s"):
@@ -151,14 +166,15 @@ class MegatronRankTrainer:
                     f"{totals.num_rollouts} rollouts; the weights are unchanged"
                 )
         # Here, not in ``export``: by then the stream may have the next step's passes queued.
-        self._weights_written = record(self._device)
-        metrics = self._metrics(totals)
+        self._weights_written = self._gather()
+        expert_tokens = loaded.load.per_expert()
+        metrics = self._metrics(totals, expert_tokens)
         loaded.load.clear()
         self.version += 1
         self._step = StepSums()
         if dist.get_rank() != 0:
             return None
-        return StepReport(
+        report = StepReport(
             step=self.version,
             num_rollouts=totals.num_rollouts,
             num_tokens=totals.num_tokens,
@@ -169,6 +185,7 @@ class MegatronRankTrainer:
             skipped=not is_finite,
             metrics=metrics,
         )
+        return RankStep(report=report, expert_tokens=expert_tokens)
 
     def evaluate(self, work: RankWork) -> Sequence[tuple[int, EvalResult]] | None:
         passes = self._run(work.micro_batches, ForwardKL(tail="bucket"), is_training=False)
@@ -204,6 +221,7 @@ class MegatronRankTrainer:
     def save(self, folder: Path) -> None:
         """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
         loaded = self._loaded
+        finish_gather(loaded.chunk)
         checkpoint.save(folder / TRAINER, loaded.chunk, loaded.optimizer, version=self.version)
         save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
 
@@ -220,7 +238,7 @@ class MegatronRankTrainer:
             self.stop()
         parallel.initialize(layout)
         (model,) = build_model(shape, layout)
-        chunk = wrap(model)
+        chunk = wrap(model, layout)
         if weights:
             load_hf([chunk], folder, shape)
         return _Loaded(
@@ -230,7 +248,11 @@ class MegatronRankTrainer:
             load=RouterLoad(chunk),
             uploader=Uploader(self._device),
             exporter=Exporter([chunk], shape, buffers=self._buffers),
+            gather_stream=torch.cuda.Stream(self._device) if self._device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )
+
+    def _gather(self) -> Written:
+        return start_gather(self._loaded.chunk, self._device, self._loaded.gather_stream)
 
     @property
     def _loaded(self) -> _Loaded:
@@ -243,7 +265,13 @@ class MegatronRankTrainer:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def _run(
-        self, micro_batches: Sequence[RankMicroBatch], objective: Objective, *, is_training: bool, **measure: Any
+        self,
+        micro_batches: Sequence[RankMicroBatch],
+        objective: Objective,
+        *,
+        is_training: bool,
+        is_last: bool = False,
+        **measure: Any,
     ) -> Passes:
         loaded = self._loaded
         return run_passes(
@@ -252,6 +280,7 @@ class MegatronRankTrainer:
             objective,
             uploader=loaded.uploader,
             forward_only=not is_training,
+            is_last=is_last,
             **({"watch": loaded.load.of} if is_training else {}),
             **self._blocks,
             **measure,
@@ -276,11 +305,9 @@ class MegatronRankTrainer:
         sums.num_real += sum(lengths)
         sums.flops += training_flops(self._loaded.shape, lengths, num_head_rows=num_response)
 
-    def _metrics(self, totals: StepSums) -> dict[str, float]:
+    def _metrics(self, totals: StepSums, expert_tokens: Mapping[int, Sequence[int]]) -> dict[str, float]:
         """Collective."""
-        memory_bytes, router_peak = largest_over_all_ranks(
-            [peak_memory_bytes(), self._loaded.load.peak()], self._device
-        )
+        memory_bytes = largest_over_all_ranks(peak_memory_bytes(), self._device)
         seconds = totals.seconds
         busy_s = sum(seconds.values())
         tflops = totals.flops / busy_s / self._learner.megatron.num_ranks / 1e12
@@ -295,8 +322,8 @@ class MegatronRankTrainer:
         }
         if peak is not None:
             metrics["mfu"] = tflops / peak
-        if self._loaded.shape.experts is not None:
-            metrics["router_peak"] = router_peak
+        if expert_tokens:
+            metrics["router_peak"] = max(max(tokens) * len(tokens) / sum(tokens) for tokens in expert_tokens.values())
         return metrics
 
 
@@ -307,6 +334,7 @@ class _Loaded(NamedTuple):
     load: RouterLoad
     uploader: Uploader
     exporter: Exporter
+    gather_stream: torch.cuda.Stream | None
 
 
 def _is_heard() -> bool:

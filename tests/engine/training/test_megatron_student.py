@@ -155,6 +155,16 @@ def test_the_pieces_of_a_dense_student_are_checked_too() -> None:
         check_layout(shape_of(Qwen3Config()), MegatronConfig(expert_parallel=2, data_parallel=2))
 
 
+def test_experts_under_tensor_parallelism_need_sequence_parallelism() -> None:
+    whole = MegatronConfig(tensor_parallel=2, sequence_parallel=False)
+
+    with pytest.raises(RecipeError, match=r"sequence_parallel=false with tensor_parallel=2, and the student has exp"):
+        check_layout(moonlight(), whole)
+    check_layout(moonlight(), MegatronConfig(sequence_parallel=False))
+    check_layout(moonlight(), MegatronConfig(tensor_parallel=2))
+    check_layout(shape_of(LlamaConfig()), whole)
+
+
 def test_the_vocabulary_is_padded_alike_in_all_usual_layouts() -> None:
     shape = shape_of(LlamaConfig(vocab_size=32_001))
 

@@ -51,6 +51,20 @@ class Steps(NamedTuple):
     """Of each step, divided by the tokens, not yet clipped."""
 
 
+class Overlapped(NamedTuple):
+    """What one rank saw of steps whose sums and gathers go on beside the passes."""
+
+    steps: list[StepReport]
+    versions: list[str]
+    """Digest of each version, exported as soon as its step is done; of rank 0."""
+    sums_begun: list[tuple[int, int]]
+    """Before each ``finish_step``: buckets whose sum had begun, and all."""
+    gathers_begun: list[tuple[int, int]]
+    """After it: buckets whose gather had begun and was not waited for, and all."""
+    late: str
+    """What is said of a call after the step's last one."""
+
+
 def settings(
     folder: Path, layout: dict[str, Any] | None = None, *, objective: ObjectiveConfig | None = None, **changes: Any
 ) -> RankSettings:
@@ -97,7 +111,13 @@ def make_rollouts(num_rollouts: int, *, vocab_size: int, seed: int = 0, top_k: i
 
 
 def deal(
-    rollouts: Sequence[RankRollout], *, share: int, num_shares: int, is_last_stage: bool, per_pass: int = 2
+    rollouts: Sequence[RankRollout],
+    *,
+    share: int,
+    num_shares: int,
+    is_last_stage: bool,
+    per_pass: int = 2,
+    is_last: bool = False,
 ) -> RankWork:
     """What the data-parallel share ``share`` gets: every ``num_shares``-th rollout, in passes of ``per_pass``; as many
     passes as the largest share needs."""
@@ -107,7 +127,8 @@ def deal(
     return RankWork(
         micro_batches=tuple(
             RankMicroBatch(rollouts=tuple(mine[start : start + per_pass])) for start in range(0, largest, per_pass)
-        )
+        ),
+        is_last=is_last,
     )
 
 

@@ -3,6 +3,9 @@ had happened. Two steps are looked at: the first one hides what is wrong with th
 
 from __future__ import annotations
 
+import os
+import pickle
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,28 @@ from tests.support.worlds import Worlds
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {},
     "DP2": {"data_parallel": 2},
-    "TP2": {"tensor_parallel": 2},
+    "TP2": {"tensor_parallel": 2, "sequence_parallel": False},
+    "TP2 SP": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},
     "EP2": {"data_parallel": 2, "expert_parallel": 2},
-    "TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
-    "TP2 EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
 }
 
 
 def steps_of(name: str, first: int, last: int) -> list[Any]:
     vocab_size = STUDENTS[name].vocab_size
     return [[make_rollouts(4, vocab_size=vocab_size, seed=step)] for step in range(first, last)]
+
+
+class _Runs:
+    """What a pickle can do to its reader."""
+
+    def __init__(self, *words: object) -> None:
+        self._command = " ".join(map(str, words))
+
+    def __reduce__(self) -> Any:
+        return os.system, (self._command,)
 
 
 def run(worlds: Worlds, folder: Path, layout: str, *arguments: Any) -> list[Steps]:
@@ -39,11 +53,12 @@ def run(worlds: Worlds, folder: Path, layout: str, *arguments: Any) -> list[Step
 @pytest.mark.parametrize(
     ("name", "saved_in", "resumed_in"),
     [
-        ("qwen3", "TP2 PP2", ["1", "DP2", "TP2"]),
+        ("qwen3", "TP2 SP PP2", ["1", "DP2", "TP2", "TP2 SP"]),
+        ("qwen3", "TP2", ["1", "TP2 SP", "PP2"]),
         ("qwen3", "DP2", ["PP2"]),
         # Experts have an optimizer of their own only where they are spread.
-        ("moonlight", "EP2", ["1", "TP2 EP2 PP2"]),
-        ("moonlight", "1", ["EP2", "TP2"]),
+        ("moonlight", "EP2", ["1", "TP2 SP EP2 PP2"]),
+        ("moonlight", "1", ["EP2", "TP2 SP"]),
     ],
 )
 def test_the_next_two_steps_are_the_same_in_another_layout(
@@ -64,7 +79,8 @@ def test_the_next_two_steps_are_the_same_in_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "saved_after"), [("qwen3", "TP2", 1), ("moonlight", "EP2", 1), ("qwen3", "1", 0)]
+    ("name", "layout", "saved_after"),
+    [("qwen3", "TP2 SP", 1), ("qwen3", "TP2", 1), ("moonlight", "EP2", 1), ("qwen3", "1", 0)],
 )
 def test_in_the_same_layout_it_goes_on_bit_for_bit(
     name: str, layout: str, saved_after: int, worlds: Worlds, tmp_path: Path
@@ -85,6 +101,26 @@ def test_in_the_same_layout_it_goes_on_bit_for_bit(
 def test_a_checkpoint_that_is_none_is_refused_by_name(worlds: Worlds, tmp_path: Path) -> None:
     student, checkpoint = make_student("qwen3", tmp_path / "student"), tmp_path / "checkpoint"
     run(worlds, student, "1", steps_of("qwen3", 0, 1), None, checkpoint)
+    index = checkpoint / "trainer" / ".metadata"
+    whole = index.read_bytes()
+    assert b"_extra_state" not in whole, "torch would unpickle it"
+    for harm, asked in (
+        (_Runs("touch", tmp_path / "harmed"), "posix.system"),
+        ({"a": _Runs("touch", tmp_path / "harmed")}, "posix.system"),
+        (datetime(2026, 1, 1), "datetime.datetime"),
+    ):
+        index.write_bytes(pickle.dumps(harm))
+        with pytest.raises(CheckpointError, match=rf"trainer state in '.*trainer' .* index asks for {asked}, which no"):
+            run(worlds, student, "1", [], checkpoint)
+    assert not (tmp_path / "harmed").exists()
+    index.write_bytes(pickle.dumps([1]))
+    with pytest.raises(
+        CheckpointError, match=r"trainer state in '.*trainer' cannot be read: .* is a list and no index"
+    ):
+        run(worlds, student, "1", [], checkpoint)
+    index.write_bytes(whole)
+    run(worlds, student, "1", [], checkpoint)
+
     (broken,) = (checkpoint / "trainer").glob("*.distcp")
     broken.write_bytes(broken.read_bytes()[:1000])
 

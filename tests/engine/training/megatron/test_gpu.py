@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(folder: Path, dtype: str, *, on_cpu: bool) -> dict[str, Any]:
+def run(folder: Path, dtype: str, *options: str, on_cpu: bool) -> dict[str, Any]:
     folder.mkdir()
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
-    command = [sys.executable, "-m", "tests.engine.training.megatron.one_step", str(folder), dtype]
+    command = [sys.executable, "-m", "tests.engine.training.megatron.one_step", str(folder), dtype, *options]
     root = Path(__file__).parents[4]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -54,3 +54,21 @@ def test_a_step_on_cuda_is_that_on_cpu(dtype: str, tolerance: float, tmp_path: P
     assert {one["device"] for one in on_cuda.values()} == {"cuda"}
 
     compare(on_cuda, run(tmp_path / "cpu", "float32", on_cpu=True), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_and_gathers_beside_the_passes_change_no_weight(dtype: str, device: str, tmp_path: Path) -> None:
+    """On CUDA over NCCL, on a stream of its own; one rank, whose sums are copies."""
+    plain, overlapped = (
+        run(tmp_path / f"run{number}", dtype, *options, on_cpu=device == "cpu")
+        for number, options in enumerate(((), ("overlap",)))
+    )
+
+    for name, theirs in plain.items():
+        ours = overlapped[name]
+        assert (ours["device"], ours["num_buckets"] > 3 > theirs["num_buckets"]) == (device, True)
+        for key, weight in theirs["weights"].items():
+            # On CUDA a backward pass adds up in any order.
+            close = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-3}
+            torch.testing.assert_close(ours["weights"][key], weight, **close)

@@ -34,20 +34,26 @@ from tests.support.models import load, plain_logits
 from tests.support.worlds import Worlds
 
 ONE: dict[str, Any] = {}
-DENSE: dict[str, dict[str, Any]] = {
+BOTH: dict[str, dict[str, Any]] = {
     "DP2": {"data_parallel": 2},
-    "TP2": {"tensor_parallel": 2},
+    "TP2 SP": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},
     "PP3": {"pipeline_parallel": 3, "first_stage_layers": 1, "last_stage_layers": 1},
     "CP2": {"context_parallel": 2},
-    "TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+}
+DENSE: dict[str, dict[str, Any]] = {
+    **BOTH,
+    "TP2": {"tensor_parallel": 2, "sequence_parallel": False},
+    "TP2 PP2": {"tensor_parallel": 2, "sequence_parallel": False, "pipeline_parallel": 2},
+    "TP2 CP2": {"tensor_parallel": 2, "sequence_parallel": False, "context_parallel": 2},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
-    **DENSE,
+    **BOTH,
     "EP2": {"data_parallel": 2, "expert_parallel": 2},
     "EP2 PP2": {"data_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
-    "TP2 EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
-    "TP2 CP2 EP2": {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
+    "TP2 SP EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP CP2 EP2": {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
 }
 CASES = [("qwen3", name) for name in DENSE] + [("moonlight", name) for name in EXPERTS]
 
@@ -90,7 +96,7 @@ def test_steps_are_those_of_one_process(
     name: str, layout: str, folders: dict[str, Path], worlds: Worlds, by_one: dict[str, list[Steps]]
 ) -> None:
     """Loss, gradient norm and every parameter's gradient, over three steps."""
-    seen = train(worlds, folders[name], EXPERTS[layout], steps_of(name))
+    seen = train(worlds, folders[name], (DENSE | EXPERTS)[layout], steps_of(name))
 
     for step, (found, expected) in enumerate(zip(step_reports(seen), step_reports(by_one[name]), strict=True)):
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -110,13 +116,13 @@ def _losses(report: Any) -> list[tuple[int, float]]:
     return list(zip(report.indices, report.loss_sums, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["1", *EXPERTS])
+@pytest.mark.parametrize("layout", ["1", *(DENSE | EXPERTS)])
 def test_logits_are_those_of_transformers(layout: str, folders: dict[str, Path], worlds: Worlds) -> None:
     sequences = [np.random.default_rng(i).integers(3, 60, 3 + 7 * i).tolist() for i in range(3)]
     for name in STUDENTS if layout == "1" else ("qwen3", "moonlight"):
-        if name == "qwen3" and layout not in DENSE and layout != "1":
+        cut = (EXPERTS if name == "moonlight" else DENSE).get(layout, ONE)
+        if cut is ONE and layout != "1":
             continue
-        cut = {**ONE, **EXPERTS.get(layout, ONE)}
         known = worlds.run(f"{ON_RANKS}:logits", num_ranks(cut), settings(folders[name], cut), sequences)
         model = load(folders[name])
         for number, ids in enumerate(sequences):
@@ -128,12 +134,14 @@ def test_logits_are_those_of_transformers(layout: str, folders: dict[str, Path],
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "llama, untied"])
+@pytest.mark.parametrize(
+    ("name", "layout"), [("qwen3", "TP2 SP"), ("qwen3", "TP2"), ("llama", "TP2 SP"), ("llama, untied", "TP2")]
+)
 def test_steps_of_a_dense_student_are_those_of_the_torch_trainer(
-    name: str, folders: dict[str, Path], worlds: Worlds
+    name: str, layout: str, folders: dict[str, Path], worlds: Worlds
 ) -> None:
     steps = steps_of(name)
-    found = step_reports(train(worlds, folders[name], {"tensor_parallel": 2}, steps))
+    found = step_reports(train(worlds, folders[name], DENSE[layout], steps))
     torch_trainer = HFTrainer(
         config=msgspec.structs.replace(LEARNER, backend="hf"),
         student=StudentConfig(path=str(folders[name])),

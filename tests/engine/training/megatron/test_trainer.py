@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from engine.recipe import StudentConfig
+from engine.training.flops import training_flops
 from engine.training.hf import HFTrainer
+from engine.training.megatron_student import read_shape
+from engine.training.schedule import learning_rate
 from tests.engine.training.megatron.rank_cases import (
     LEARNER,
     NUM_STEPS,
@@ -68,8 +71,12 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_and_changes_nothing(
         assert is_same
 
 
-def test_or_is_skipped_and_counted_when_the_recipe_says_so(folders: dict[str, Path], worlds: Worlds) -> None:
-    layout = EP2 | {"expert_bias_update_rate": 0.1}
+@pytest.mark.parametrize("overlap", [False, True])
+def test_or_is_skipped_and_counted_when_the_recipe_says_so(
+    overlap: bool, folders: dict[str, Path], worlds: Worlds
+) -> None:
+    switches = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+    layout = EP2 | switches | {"expert_bias_update_rate": 0.1}
     outcomes = run(worlds, "spoiled", folders["moonlight"], layout, rollouts_of("moonlight"), on_nonfinite="skip")
 
     assert [(said, is_same) for said, _, is_same in outcomes] == [("", True)] * 2
@@ -86,11 +93,51 @@ def test_the_routers_bias_moves_towards_even_loads_or_stays(
     layout = EP2 | {"tensor_parallel": 2, "expert_bias_update_rate": rate}
     num_tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
 
-    for routers in run(worlds, "router_biases", folders["moonlight"], layout, rollouts):
+    outcomes = run(worlds, "router_biases", folders["moonlight"], layout, rollouts)
+    for routers, _ in outcomes:
         assert routers
         for counts, before, after in routers:
             assert float(counts.sum()) == num_tokens * STUDENTS["moonlight"].num_experts_per_tok
             torch.testing.assert_close(after, before + rate * (counts.mean() - counts).sign())
+    # The first layer is dense.
+    expected = {layer: tuple(counts.long().tolist()) for layer, (counts, _, _) in enumerate(outcomes[0][0], start=1)}
+    assert [told for _, told in outcomes] == [expected, {}, {}, {}]
+
+
+def test_tokens_of_every_expert_are_told_over_all_stages(folders: dict[str, Path], worlds: Worlds) -> None:
+    rollouts = rollouts_of("moonlight", 5)
+    whole = run(worlds, "router_biases", folders["moonlight"], {}, rollouts)[0][1]
+
+    assert list(whole) == [1, 2, 3]
+    layout = EP2 | {"pipeline_parallel": 2}
+    assert run(worlds, "router_biases", folders["moonlight"], layout, rollouts)[0][1] == whole
+
+
+def test_a_step_tells_what_it_cost_and_its_rate_follows_the_schedule(folders: dict[str, Path], worlds: Worlds) -> None:
+    rollouts = rollouts_of("moonlight", 5)
+    layout = EP2 | {"tensor_parallel": 2, "peak_tflops": 0.25}
+    changes: dict[str, Any] = {"schedule": "cosine", "min_lr_share": 0.1}
+    told = settings(folders["moonlight"], layout, **changes).learner
+    seen = run(worlds, "train", folders["moonlight"], layout, [[rollouts]] * 4, **changes)
+
+    assert [step.lr for step in seen[0].steps] == [
+        learning_rate(told, step=step, num_steps=NUM_STEPS) for step in (1, 2, 3, 4)
+    ]
+    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts]
+    num_responses = sum(len(rollout.response_ids) for rollout in rollouts)
+    flops = training_flops(read_shape(folders["moonlight"]), lengths, num_head_rows=num_responses)
+    num_computed = sum(report.num_computed_tokens for one in seen for report in one.reports) / 4
+    for step in seen[0].steps:
+        metrics = step.metrics
+        seconds = [metrics[phase] for phase in ("passes_s", "reduce_s", "update_s")]
+        assert all(phase_s > 0 for phase_s in seconds)
+        assert metrics["tokens_per_s"] * sum(seconds) == pytest.approx(sum(lengths))
+        assert metrics["tflops"] * 1e12 * sum(seconds) * num_ranks(layout) == pytest.approx(flops)
+        assert metrics["mfu"] == metrics["tflops"] / 0.25
+        assert metrics["padding_share"] == pytest.approx(1 - sum(lengths) / num_computed)
+        # Python, torch and Megatron; none of these students takes a megabyte.
+        assert 0.1 < metrics["memory_gib"] < 8
+        assert 1 <= metrics["router_peak"] <= STUDENTS["moonlight"].n_routed_experts
 
 
 def test_a_sequence_is_scored_as_transformers_does(folders: dict[str, Path], worlds: Worlds) -> None:

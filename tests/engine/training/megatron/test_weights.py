@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -21,22 +21,25 @@ from tests.support.worlds import Worlds
 
 ON_RANKS = "tests.engine.training.megatron.weights_on_ranks"
 
-LAYOUTS: dict[str, dict[str, int]] = {
+DENSE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_parallel": 2, "sequence_parallel": False},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
     "1": {},
-    "TP2": {"tensor_parallel": 2},
+    "TP2 SP": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},
     "PP3": {"pipeline_parallel": 3, "first_stage_layers": 1, "last_stage_layers": 1},
     "CP2": {"context_parallel": 2},
     "DP2": {"data_parallel": 2},
-    "TP2 PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP PP2": {"tensor_parallel": 2, "pipeline_parallel": 2},
 }
-EXPERT_LAYOUTS: dict[str, dict[str, int]] = {
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"data_parallel": 2, "expert_parallel": 2},
     "EP2 PP2": {"data_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
-    "TP2 EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
+    "TP2 SP EP2 PP2": {"tensor_parallel": 2, "expert_parallel": 2, "pipeline_parallel": 2},
 }
 
-SAVING = ("1", "TP2 PP2", "TP2 EP2 PP2")
+SAVING = ("1", "TP2", "TP2 SP PP2", "TP2 SP EP2 PP2")
 """Layouts whose weights are also written to a folder."""
 
 
@@ -61,21 +64,22 @@ def fingerprints_of(folder: Path) -> list[tuple[str, str]]:
     return [(name, digest_of([(name, tensor)])) for name, tensor in named_tensors(load(folder))]
 
 
-def num_ranks(layout: dict[str, int]) -> int:
+def num_ranks(layout: dict[str, Any]) -> int:
     size = 1
     for name in ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel"):
         size *= layout.get(name, 1)
     return size
 
 
-@pytest.mark.parametrize("layout_name", [*LAYOUTS, *EXPERT_LAYOUTS])
+@pytest.mark.parametrize("layout_name", [*LAYOUTS, *DENSE_LAYOUTS, *EXPERT_LAYOUTS])
 def test_there_and_back_is_the_identity(
     layout_name: str, students: dict[str, Saved], worlds: Worlds, tmp_path: Path
 ) -> None:
     """Names, order, dtypes, shapes and bits are those of the transformers model; what is saved loads as that model."""
-    layout = (LAYOUTS | EXPERT_LAYOUTS)[layout_name]
+    layout = (LAYOUTS | DENSE_LAYOUTS | EXPERT_LAYOUTS)[layout_name]
     for number, (name, student) in enumerate(students.items()):
-        if layout_name in EXPERT_LAYOUTS and not hasattr(STUDENTS[name], "moe_intermediate_size"):
+        other = DENSE_LAYOUTS if hasattr(STUDENTS[name], "moe_intermediate_size") else EXPERT_LAYOUTS
+        if layout_name in other:
             continue
         saved = tmp_path / str(number) if layout_name in SAVING else None
         of_ranks = worlds.run(f"{ON_RANKS}:there_and_back", num_ranks(layout), student.folder, layout, saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,18 @@ IDS = tuple(3 + 7 * i % 90 for i in range(40))
 
 
 @contextmanager
-def started(folder: Path, logs: Path, *, device: str = "cpu", **layout: Any) -> Iterator[MegatronTrainer]:
+def started(
+    folder: Path, logs: Path, *, device: str = "cpu", rollouts_per_step: int | None = None, **layout: Any
+) -> Iterator[MegatronTrainer]:
     megatron = MegatronConfig(**{"dtype": "float32", **layout})
     config = LearnerConfig(backend="megatron", device=device, lr=1e-2, micro_batch_tokens=128, megatron=megatron)
     trainer = MegatronTrainer(
-        config=config, student=StudentConfig(path=str(folder)), objective=ObjectiveConfig(), steps=10, folder=logs
+        config=config,
+        student=StudentConfig(path=str(folder)),
+        objective=ObjectiveConfig(),
+        steps=10,
+        folder=logs,
+        rollouts_per_step=rollouts_per_step,
     )
     trainer.start()
     try:
@@ -103,3 +111,39 @@ def test_a_version_travels_whole_while_the_next_step_is_computed(
         trainer.save(tmp_path / "saved")
         assert digest_of(named_tensors(load(tmp_path / "saved" / "student"))) == after
         assert trainer.score(IDS) == pytest.approx(logprobs(tmp_path / "saved" / "student"), abs=close)
+
+
+@pytest.mark.parametrize(
+    ("arch", "layout", "device"),
+    [
+        ("deepseek_v3", {"data_parallel": 2, "expert_parallel": 2}, "cpu"),
+        pytest.param("deepseek_v3", {}, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_version_leaves_whole_while_ranks_still_gather_it(
+    arch: Arch, layout: dict[str, Any], device: str, tmp_path: Path
+) -> None:
+    """And its weights are those of a learner that waits for every sum and gather."""
+    folder = tiny_model(tmp_path / "student", arch=arch, scale=0.05)
+    first, second = make_step(seed=1), make_step(seed=2)
+    digests = []
+    for overlap in (False, True):
+        switches = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+        num = len(first) + len(second)
+        logs = tmp_path / str(overlap)
+        with started(folder, logs, device=device, rollouts_per_step=num, **layout, **switches) as trainer:
+            digests.append(found := list[str]())
+            for _ in range(3):
+                trainer.accumulate(first)
+                trainer.accumulate(second)
+                with pytest.raises(RuntimeError, match=r"would get \d+ rollouts, rollouts_per_step is \d+; call fin"):
+                    trainer.accumulate(second)
+                trainer.finish_step()
+                with ThreadPoolExecutor(1) as pool:
+                    leaving = pool.submit(trainer.digest)
+                    trainer.score(IDS)  # a forward pass, which waits for weights as it needs them
+                    found.append(leaving.result(60.0))
+            trainer.save(tmp_path / "saved")
+            assert digest_of(named_tensors(load(tmp_path / "saved" / "student"))) == found[-1]
+
+    assert digests[0] == digests[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,33 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from engine.errors import NonFiniteError
+from engine.training.megatron_inside import model as model_module
 from engine.training.megatron_inside import versions
+from engine.training.megatron_inside.config import ddp_config
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
 from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
 from engine.training.protocol import EvalResult
 from engine.training.rank_work import RankRollout, RankSettings, RankWork
+from engine.transport.manifest import digest_of
 from engine.transport.shared_arrays import SharedBuffers
 from engine.types import StepReport
-from tests.engine.training.megatron.rank_cases import Pieces, Steps, deal
+from tests.engine.training.megatron.rank_cases import Overlapped, Pieces, Steps, deal
 
 
 def make(settings: RankSettings) -> MegatronRankTrainer:
     return make_trainer(settings=settings, buffers=SharedBuffers())
 
 
-def dealt(rollouts: Sequence[RankRollout]) -> RankWork:
+def dealt(rollouts: Sequence[RankRollout], *, is_last: bool = False) -> RankWork:
     """This rank's share."""
     return deal(
         rollouts,
         share=parallel_state.get_data_parallel_rank(),
         num_shares=parallel_state.get_data_parallel_world_size(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_last=is_last,
     )
 
 
@@ -51,7 +56,7 @@ def take_steps(trainer: MegatronRankTrainer, steps: Sequence[Sequence[Sequence[R
             seen.reports.extend([] if report is None else [report])
         with _ToldGradients(trainer, seen.gradients.append):
             done = trainer.finish_step()
-        seen.steps.extend([] if done is None else [done])
+        seen.steps.extend([] if done is None else [done.report])
 
 
 def train(
@@ -75,6 +80,65 @@ def train(
     take_steps(trainer, then, seen)
     trainer.stop()
     return seen
+
+
+def train_overlapped(
+    settings: RankSettings,
+    steps: Sequence[Sequence[Sequence[RankRollout]]],
+    options: dict[str, Any],
+) -> Overlapped:
+    """Steps of calls of rollouts.
+
+    Args:
+        options: those of ``_train_overlapped``; calls of a world are positional.
+    """
+    return _train_overlapped(settings, steps, **options)
+
+
+def _train_overlapped(
+    settings: RankSettings,
+    steps: Sequence[Sequence[Sequence[RankRollout]]],
+    *,
+    bucket_size: int | None = None,
+    tells_last: bool = True,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> Overlapped:
+    """
+    Args:
+        bucket_size: in parameters; None: Megatron's own, in which these students are one bucket.
+        tells_last: whether ranks know a step's last call.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model_module, "ddp_config", lambda layout: dataclasses.replace(ddp_config(layout), bucket_size=bucket_size)
+        )
+        trainer = make(settings)
+        trainer.start() if load is None else trainer.load(load)
+    chunk = trainer._loaded.chunk
+    groups = chunk.bucket_groups + chunk.expert_parallel_bucket_groups
+    seen, late = Overlapped([], [], [], [], ""), ""
+    for number, calls in enumerate(steps, start=1):
+        for rollouts in calls:
+            trainer.accumulate(dealt(rollouts, is_last=tells_last and rollouts is calls[-1]))
+        if tells_last:
+            with pytest.raises(RuntimeError) as raised:
+                trainer.accumulate(dealt(calls[-1]))
+            late = str(raised.value)
+        seen.sums_begun.append((sum(group.grad_reduce_handle is not None for group in groups), len(groups)))
+        done = trainer.finish_step()
+        seen.steps.extend([] if done is None else [done.report])
+        seen.gathers_begun.append((sum(group.param_gather_handle is not None for group in groups), len(groups)))
+        if save is not None and number == len(steps):
+            trainer.save(save)
+        exported = [
+            pair
+            for bucket in trainer.export(bucket_bytes=1 << 30)
+            for pair in zip(bucket.names, bucket.tensors, strict=True)
+        ]
+        seen.versions.extend([digest_of(exported)] if exported else [])
+    trainer.stop()
+    return seen._replace(late=late)
 
 
 def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[Sequence[RankRollout]]]) -> Steps:
@@ -109,7 +173,8 @@ def spoiled(settings: RankSettings, rollouts: Sequence[RankRollout]) -> tuple[st
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor is not None}
     said, report = "", None
     try:
-        report = trainer.finish_step()
+        done = trainer.finish_step()
+        report = None if done is None else done.report
     except NonFiniteError as error:
         said = str(error)
     same = all(torch.equal(before[name], model.state_dict()[name]) for name in before)
@@ -132,8 +197,11 @@ def refusals(settings: RankSettings, rollouts: Sequence[RankRollout]) -> list[st
     return [*said, str(raised.value)]
 
 
-def router_biases(settings: RankSettings, rollouts: Sequence[RankRollout]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each router of this stage, over one step: tokens of each expert that are no padding, bias before and after."""
+def router_biases(
+    settings: RankSettings, rollouts: Sequence[RankRollout]
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], dict[int, tuple[int, ...]]]:
+    """Of each router of this stage, over one step: tokens of each expert that are no padding, bias before and after;
+    and what is reported of all routers, by rank 0."""
     trainer = make(settings)
     trainer.start()
     routers = [m for m in unwrapped(trainer._loaded.chunk).modules() if isinstance(m, TopKRouter)]
@@ -144,10 +212,10 @@ def router_biases(settings: RankSettings, rollouts: Sequence[RankRollout]) -> li
         torch.distributed.all_reduce(
             count, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         )
-    trainer.finish_step()
+    done = trainer.finish_step()
     after = [router.expert_bias.clone() for router in routers]
     trainer.stop()
-    return list(zip(counts, before, after, strict=True))
+    return list(zip(counts, before, after, strict=True)), {} if done is None else done.expert_tokens
 
 
 def measured(settings: RankSettings, rollouts: Sequence[RankRollout]) -> Sequence[tuple[int, EvalResult]] | None:

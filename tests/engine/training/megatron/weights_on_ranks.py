@@ -24,7 +24,7 @@ def loaded(folder: Path, layout: Mapping[str, Any]) -> Exporter:
     shape = read_shape(folder)
     check_layout(shape, config)
     parallel.initialize(config)
-    chunks = [wrap(model) for model in build_model(shape, config)]
+    chunks = [wrap(model, config) for model in build_model(shape, config)]
     for parameter in chunks[0].parameters():
         parameter.data.fill_(float("nan"))
     exporter = Exporter(chunks, shape, buffers=SharedBuffers())
