@@ -14,8 +14,10 @@ from typing import Any
 import msgspec
 import uvloop
 
-from engine.build import build, make_parts
-from engine.check import Checked, Inputs, check
+from engine.build.life import build
+from engine.build.parts import make_parts
+from engine.check.look import Checked, Inputs, check
+from engine.check.show import as_document, as_text
 from engine.clock import SystemClock
 from engine.errors import ActorFailed, EngineError, RanksLost, RunDirError, UserError
 from engine.graph import Graph
@@ -47,7 +49,7 @@ def command(options: argparse.Namespace) -> int:
         if options.simulate or options.simulate_from is not None:
             return _simulate(recipe, graph, options)
         if options.show and not options.check:
-            _write(_shown(recipe, graph, findings=None, as_json=options.json))
+            _write(_shown(recipe, graph, options, findings=None))
             return EXIT_OK
         return uvloop.run(_run_and_restore(recipe, graph, options))
     except UserError as error:
@@ -85,15 +87,15 @@ async def _run(
     recipe: Recipe, graph: Graph, options: argparse.Namespace, *, out: Path, resume: bool, restores_left: int
 ) -> int:
     with Tracing() as tracing:
-        checked = await check(recipe, out=out, resume=resume)
+        checked = await check(recipe, out=out, resume=resume, may_run_elsewhere=options.check)
         if options.check:
             if options.show:
-                _write(_shown(recipe, graph, findings=checked, as_json=options.json))
+                _write(_shown(recipe, graph, options, findings=checked))
             else:
-                _write(_found(checked, as_json=options.json))
-            return EXIT_OK if checked.inputs is not None else EXIT_WRONG
+                _write(_found(checked, options))
+            return EXIT_WRONG if checked.wrong else EXIT_OK
         if checked.inputs is None:
-            raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.problems))
+            raise UserError("\nerror: ".join(f"{problem.subject}: {problem.text}" for problem in checked.wrong))
         _say_left_out(checked.inputs)
         run_dir = RunDir.resume(out, recipe) if resume else RunDir.create(out)
         parts = make_parts(recipe, checked.inputs, run_dir=run_dir, resume=resume, clock=SystemClock())
@@ -197,29 +199,24 @@ def _out(recipe: Recipe, options: argparse.Namespace) -> Path:
     return Path(out)
 
 
-def _shown(recipe: Recipe, graph: Graph, *, findings: Checked | None, as_json: bool) -> str:
+def _shown(recipe: Recipe, graph: Graph, options: argparse.Namespace, *, findings: Checked | None) -> str:
     """What ``--show`` prints, with what ``--check`` found when both are asked for."""
-    if not as_json:
+    if not options.json:
         text = f"{graph.describe()}\n\n{describe(recipe)}"
-        return text if findings is None else f"{text}\n\n{_found(findings, as_json=False)}"
+        return text if findings is None else f"{text}\n\n{_found(findings, options)}"
     actors = [{"name": a.name, "consumes": a.consumes, "produces": a.produces, "about": a.about} for a in graph.actors]
     channels = [{"name": c.name, "carries": c.carries, "max_items": c.max_items} for c in graph.channels]
     shown: dict[str, Any] = {"actors": actors, "channels": channels, "recipe": msgspec.to_builtins(recipe)}
     if findings is not None:
-        shown |= _as_document(findings)
+        shown |= as_document(findings)
     return msgspec.json.encode(shown).decode()
 
 
-def _found(checked: Checked, *, as_json: bool) -> str:
-    if as_json:
-        return msgspec.json.encode(_as_document(checked)).decode()
-    return "\n".join(
-        f"{'ok   ' if finding.ok else 'WRONG'} {finding.subject}: {finding.text}" for finding in checked.findings
-    )
-
-
-def _as_document(checked: Checked) -> dict[str, Any]:
-    return {"ok": checked.inputs is not None, "findings": checked.findings}
+def _found(checked: Checked, options: argparse.Namespace) -> str:
+    if options.json:
+        return msgspec.json.encode(as_document(checked)).decode()
+    changes = [word for assignment in options.set for word in ("--set", assignment)]
+    return as_text(checked, again=shlex.join(["python", "-m", "engine.run", options.recipe, *changes, "--check"]))
 
 
 def _say_left_out(inputs: Inputs) -> None:

@@ -9,6 +9,8 @@
         * TeacherRefused                the teacher will never accept this request (a 4xx answer)
         * RunDirError(OSError)          the run's folder cannot be used (read-only, full, taken)
         * CheckpointError               no checkpoint is usable, or one does not verify
+        * Absent                        what is named is not on this machine; nothing is known to be wrong with it
+            * ModelAbsent(ModelError), DataAbsent(DataError), PackageAbsent(RecipeError)
     * TeacherUnavailable                this attempt failed; another one may succeed
         * TeacherOverloaded             429: come back after ``retry_after_s``
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
@@ -82,6 +84,40 @@ class RunDirError(UserError, OSError):
 
 class CheckpointError(UserError):
     """There is no checkpoint to resume from, or none that verifies."""
+
+
+class Absent(UserError):
+    """What is named is not on this machine. Of what it is nothing is known, so nothing is known to be wrong with it."""
+
+    def __init__(self, what: str, *, remedy: str, bring: str | None = None) -> None:
+        """Args:
+        what: is not there.
+        remedy: what was expected and what to do, for who needs it here.
+        bring: the command that brings it.
+        """
+        super().__init__(f"{what}; {remedy}")
+        self.what = what
+        self.remedy = remedy
+        self.bring = bring
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_absent, (type(self), self.what, self.remedy, self.bring))
+
+
+def _rebuild_absent(kind: type[Absent], what: str, remedy: str, bring: str | None) -> Absent:
+    return kind(what, remedy=remedy, bring=bring)
+
+
+class ModelAbsent(Absent, ModelError):
+    """There is no such folder, or it lacks a part altogether: config, weights or tokenizer."""
+
+
+class DataAbsent(Absent, DataError):
+    """There is no such prompt file, or nothing here that could read it."""
+
+
+class PackageAbsent(Absent, RecipeError):
+    """A package that the recipe needs is not installed."""
 
 
 class TeacherUnavailable(EngineError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from engine.build import standard_graph
+from engine.build.standard import standard_graph
 from engine.errors import RecipeError
 from engine.graph import ActorSpec, ChannelSpec, Graph
 from engine.recipe import Recipe, value_of, with_overrides

@@ -6,35 +6,39 @@ The libraries that load a model raise almost anything for a broken folder; here 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
+from engine.errors import ModelAbsent, ModelError
 
 
-def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
+def look_at_model(path: str, *, trust_remote_code: bool, role: str, bring: str | None = None) -> Any:
+    """The transformers config of a model folder, once its weights are found to fit. As ``read_config``."""
+    config = read_config(path, trust_remote_code=trust_remote_code, role=role, bring=bring)
+    check_weights(config, path=path, role=role, bring=bring)
+    return config
+
+
+def read_config(path: str, *, trust_remote_code: bool, role: str, bring: str | None = None) -> Any:
     """The transformers config of a model folder.
-
-    Config and weights are compared by name and shape: a model is made without memory, and every weight file's header is
-    read. A file that was cut off does not pass.
 
     Args:
         role: the recipe's field, for the message.
+        bring: the command that fetches the folder, if one is known.
 
     Raises:
-        ModelError: missing, unreadable, without weights, not a causal language model, or weights of another shape.
+        ModelAbsent: there is no such folder, or it has no config.
+        ModelError: unreadable, or not a causal language model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = Path(path)
     if not folder.is_dir():
-        raise ModelError(
-            f"{role} {path!r} is not a folder; expected a model in Hugging Face format, as is fetched with: "
-            f"hf download OWNER/NAME --local-dir {path}"
-        )
+        raise _absent(f"{role} {path!r} is not a folder", path, bring)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{role} {path!r} has no config.json; expected a model in Hugging Face format")
+        raise _absent(f"{role} {path!r} has no config.json", path, bring)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a wrong value surfaces as whatever it broke: ZeroDivisionError, a validator's own, …
@@ -43,10 +47,24 @@ def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
         ) from error
     if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{role} {path!r} is a {config.model_type!r} model, expected a causal language model")
+    return config
+
+
+def check_weights(config: Any, *, path: str, role: str, bring: str | None = None) -> None:
+    """Compare config and weights by name and shape: a model is made without memory, and every weight file's header is
+    read. A file that was cut off does not pass.
+
+    Raises:
+        ModelAbsent: there are no weights.
+        ModelError: they cannot be read, are not all there, or are of another shape.
+    """
+    folder = Path(path)
+    if not any(folder.glob("*.safetensors")):
+        raise _absent(f"{role} {path!r} has no *.safetensors", path, bring)
     stored = _stored_shapes(folder, role)
     # Code from the folder may not run without memory, and quantised weights have shapes of their own.
     if hasattr(config, "auto_map") or hasattr(config, "quantization_config"):
-        return config
+        return
     expected, tied = _expected_shapes(config, path, role=role)
     for name, shape in expected.items():
         # The loader renames, merges and transposes the tensors of some families: a name that only one side has, and
@@ -63,7 +81,13 @@ def look_at_model(path: str, *, trust_remote_code: bool, role: str) -> Any:
             f"{role} {path!r}: config.json asks for {len(missing)} weights that the files lack, among them "
             f"{missing[0]}; they are not of one model, or the copy is not complete"
         )
-    return config
+
+
+def _absent(what: str, path: str, bring: str | None) -> ModelAbsent:
+    bring = bring or f"hf download OWNER/NAME --local-dir {shlex.quote(path)}"
+    return ModelAbsent(
+        what, remedy=f"expected a model in Hugging Face format, as is fetched with: {bring}", bring=bring
+    )
 
 
 def vocab_size(config: Any, *, path: str, role: str) -> int:
@@ -112,8 +136,6 @@ def _stored_shapes(folder: Path, role: str) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{role} {str(folder)!r} has no *.safetensors; save the model with save_pretrained")
     missing = sorted(_indexed_files(folder, role) - {file.name for file in files})
     if missing:
         raise ModelError(f"{role} {str(folder)!r} lacks {', '.join(missing)}; copy the folder again")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import msgspec
 
 from engine.actor import ActorState
-from engine.build import Built
+from engine.build.life import Built
 from engine.errors import ActorFailed
 from engine.generation.protocol import Generator
 from engine.http_port import HttpPort

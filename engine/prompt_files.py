@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from engine.errors import DataError
+from engine.errors import DataAbsent, DataError
 from engine.recipe import DataConfig
 
 __all__ = ["RawRow", "read_rows"]
@@ -38,10 +38,13 @@ def read_rows(config: DataConfig, *, name: str) -> Iterator[RawRow]:
     ``name`` is which part of the recipe ``config`` is. Raises as ``engine.prompts.load_prompts``.
     """
     path = Path(config.path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"{name}.path={config.path!r}: {what}; expected a .jsonl or .parquet file")
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.is_dir():
+        raise DataError(f"{name}.path={config.path!r}: is a folder; expected a .jsonl or .parquet file")
+    if not path.is_file():
+        raise DataAbsent(
+            f"{name}.path={config.path!r}: there is no such file", remedy="expected a .jsonl or .parquet file"
+        )
     if path.suffix not in readers:
         raise DataError(
             f"{name}.path={config.path!r}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet"
@@ -86,8 +89,10 @@ def _read_parquet(path: Path, config: DataConfig, name: str) -> Iterator[RawRow]
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow; install it (pip install pyarrow) or use .jsonl"
+        raise DataAbsent(
+            f"{path}: reading Parquet needs pyarrow",
+            remedy="install it (pip install pyarrow) or use .jsonl",
+            bring="pip install pyarrow",
         ) from error
     columns = [config.prompt_column, *([config.reference_column] if config.reference_column is not None else [])]
     end = None if config.num_rows is None else config.first_row + config.num_rows

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from engine.errors import DataError, ModelError
+from engine.errors import DataError, ModelAbsent, ModelError
 from engine.prompt_files import RawRow, read_rows
 from engine.recipe import DataConfig
 from engine.streams import stream_key, uniform
@@ -28,6 +28,8 @@ from engine.types import Prompt
 __all__ = ["PromptOrder", "PromptRow", "PromptSet", "PromptSource", "Tokenizer", "load_prompts", "load_tokenizer"]
 
 log = structlog.get_logger(__name__)
+
+_TOKENIZER_FILES: Final = ("*token*", "vocab.*", "merges.txt", "*.model")
 
 _BLOCK_ROWS: Final = 512
 """Rows tokenized in one call: enough for the tokenizer's threads, small enough for memory."""
@@ -297,11 +299,17 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a model folder. Reads local files only.
 
     Raises:
-        ModelError: the folder is missing, or holds no tokenizer that can be loaded.
+        ModelAbsent: there is no such folder, or no file of a tokenizer in it.
+        ModelError: the tokenizer cannot be loaded.
     """
-    if not Path(path).is_dir():
-        raise ModelError(
-            f"{path!r}: there is no such folder; expected a model in Hugging Face format with its tokenizer"
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelAbsent(
+            f"{path!r}: there is no such folder", remedy="expected a model in Hugging Face format with its tokenizer"
+        )
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ModelAbsent(
+            f"{path!r} has no tokenizer", remedy="expected a model in Hugging Face format with its tokenizer"
         )
     from transformers import AutoTokenizer  # 2 s to import: a prompt file can be checked without it
 

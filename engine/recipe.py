@@ -457,6 +457,8 @@ class Recipe(Section, frozen=True, kw_only=True):
     node: NodeConfig = NodeConfig()
     sinks: SinksConfig = SinksConfig()
     replay: ReplayConfig = ReplayConfig()
+    bring: dict[str, str] = {}
+    """Commands that bring what the recipe names, by its path or URL: ``--check`` shows them where it is missing."""
 
     def __post_init__(self) -> None:
         if self.deterministic and self.max_staleness > 0:

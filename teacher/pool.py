@@ -22,6 +22,7 @@ from structlog.typing import FilteringBoundLogger
 
 from engine.clock import Clock, SystemClock
 from engine.errors import (
+    Absent,
     RecipeError,
     TeacherMismatch,
     TeacherOverloaded,
@@ -476,7 +477,8 @@ def client_of(config: RemoteTeacher, url: str, *, known: Known | None, timeout_s
     """One replica of the kind that the recipe names.
 
     Raises:
-        RecipeError: the token file cannot be used, or ``url`` is none.
+        Absent: there is no such token file.
+        RecipeError: it cannot be used, or ``url`` is none.
     """
     try:
         if isinstance(config, VllmTeacher):
@@ -491,6 +493,8 @@ def client_of(config: RemoteTeacher, url: str, *, known: Known | None, timeout_s
             )
         assert isinstance(config, HttpTeacher)
         return TeacherClient(url, token_file=config.token_file, values=config.values, timeout_s=timeout_s)
+    except Absent:
+        raise
     except UserError as error:
         # The message names the file or the URL.
         raise RecipeError(f"teacher.token_file or teacher.urls: {error}") from None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hmac
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import Absent, UserError
 
 
 def read_token(path: str) -> str:
     """The first line of the file, without surrounding white space.
 
     Raises:
-        UserError: the file cannot be read, or its first line is empty or not printable ASCII.
+        Absent: there is no such file.
+        UserError: it cannot be read, or its first line is empty or not printable ASCII.
     """
     try:
         text = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise Absent(f"token file {path!r} is not there", remedy="write a token into its first line") from None
     except OSError as error:
         raise UserError(
             f"token file {path!r} cannot be read: {error.strerror}; write a token into its first line"

@@ -14,7 +14,7 @@ import heapq
 import time
 from collections.abc import Sequence
 
-from engine.build import num_replicas
+from engine.build.parts import num_replicas
 from engine.costs import decode_step_s, micro_batch_s, prefill_s, teacher_batch_s
 from engine.recipe import Recipe, ReplayConfig
 from engine.simulate.lengths import Lengths

@@ -10,7 +10,7 @@ from typing import Any, cast
 import msgspec
 
 from engine.actors.weight_syncer import WeightPush
-from engine.build import make_flow, num_replicas, sampler_spare
+from engine.build.parts import make_flow, num_replicas, sampler_spare
 from engine.clock import Clock
 from engine.errors import RecipeError
 from engine.generation.blank import blank_tokens

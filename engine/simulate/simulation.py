@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from engine.build import Built, build
+from engine.build.life import Built, build
 from engine.graph import Graph
 from engine.ledger import Ledger
 from engine.node import say_statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.build import num_replicas
+from engine.build.parts import num_replicas
 from engine.graph import Graph
 from engine.recipe import Recipe
 from engine.simulate.lengths import Lengths

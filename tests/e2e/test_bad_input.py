@@ -195,7 +195,6 @@ def recipe():
         ("student.path=nowhere", "is not a folder"),
         ("data.path=nowhere.jsonl", "nowhere.jsonl"),
         ("data.prompt_column=question", "question"),
-        ("learner.device=cuda:7", "CUDA devices"),
         ("learner.device=teapot", "is not a device"),
         ("sampler.device=meta", "sampler.device='meta' cannot compute here"),
         ("learner.device=vulkan", "learner.device='vulkan' cannot compute here"),
@@ -211,6 +210,10 @@ def recipe():
 )
 def test_a_wrong_value_is_named(world: World, tmp_path: Path, assignment: str, message: str, refuse: Refuse) -> None:
     assert message in refuse(world.recipe(tmp_path / "r.py"), "--set", assignment, "--check")
+
+
+def test_a_device_that_is_not_here_is_refused_at_the_start(world: World, tmp_path: Path, refuse: Refuse) -> None:
+    assert "CUDA devices" in refuse(world.recipe(tmp_path / "r.py"), "--set", "learner.device=cuda:70")
 
 
 def test_all_mistakes_are_told_at_once(world: World, tmp_path: Path, refuse: Refuse) -> None:

@@ -162,7 +162,7 @@ def start_run_that_waits_for_its_teacher(
 
 
 FLAKY = """
-import engine.build
+import engine.build.actors
 from engine.actors.sampler import Sampler
 
 _standard = recipe
@@ -179,7 +179,7 @@ class Flaky(Sampler):
 
 
 def recipe():
-    engine.build.Sampler = Flaky
+    engine.build.actors.Sampler = Flaky
     return _standard()
 """
 

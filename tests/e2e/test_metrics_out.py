@@ -135,7 +135,7 @@ def test_what_a_sink_lacks_is_found_before_anything_starts(
 
     checked = run(world.recipe(tmp_path / "tiny.py"), "--check", "--json", *options, expect=2)
 
-    (finding,) = [found for found in checked.json()["findings"] if not found["ok"]]
+    (finding,) = [found for found in checked.json()["findings"] if found["state"] != "ok"]
     assert finding["subject"] == "sinks"
     assert "a file is a file; name another folder; and sinks.wandb would send" in finding["text"]
     assert "Traceback" not in checked.stderr

@@ -80,14 +80,14 @@ def test_a_run_that_fails_has_a_report_too(world: World, tmp_path: Path) -> None
     broken = "\n".join(
         (
             "",
-            "import engine.build",
+            "import engine.build.actors",
             "from engine.actors.sampler import Sampler",
             "_standard = recipe",
             "class Broken(Sampler):",
             "    async def _answer(self, prompt):",
             "        raise RuntimeError('the sampler trips')",
             "def recipe():",
-            "    engine.build.Sampler = Broken",
+            "    engine.build.actors.Sampler = Broken",
             "    return _standard()",
         )
     )

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from engine.check import Finding, Inputs, check
+from engine.check.finding import Finding
+from engine.check.look import Inputs, check
 from engine.errors import RecipeError
 from engine.objective_config import ObjectiveConfig
 from engine.recipe import DataConfig, Recipe, SamplerConfig, StudentConfig, VllmTeacher
@@ -61,14 +62,14 @@ async def test_a_cap_below_what_is_wanted_is_refused_unless_the_recipe_lowers_it
         lowered, inputs = await look(recipe_of(student, url, on_top_k_cap="lower"))
         enough, whole = await look(recipe_of(student, url, top_k=20))
 
-    assert not refused.ok
+    assert refused.state == "wrong"
     assert "gives at most the top 20, the recipe asks for 64" in refused.text
     assert "teacher.on_top_k_cap='lower'" in refused.text
-    assert lowered.ok
+    assert lowered.state == "ok"
     assert "the top 64 that are wanted are lowered to the 20 that it gives" in lowered.text
     assert inputs is not None
     assert inputs.most_top_k == 20
-    assert enough.ok
+    assert enough.state == "ok"
     assert whole is not None
     assert whole.most_top_k is None
 
@@ -82,9 +83,9 @@ async def test_what_was_seen_and_what_was_believed_is_said(student: Path) -> Non
         believed, _ = await look(recipe_of(student, url, top_k=8, model=str(student)))
 
     assert "which it does not say itself, 0 of its tokens compared" in seen.text
-    assert not refused.ok
+    assert refused.state == "wrong"
     assert "teacher.model" in refused.text
-    assert believed.ok
+    assert believed.state == "ok"
     assert "its tokens not seen, teacher.model believed" in believed.text
 
 
@@ -93,7 +94,7 @@ async def test_ids_of_the_students_own_need_a_server_that_scores_them(student: P
     async with serving(Provider()) as url:
         finding, _ = await look(recipe_of(student, url, top_k=8, objective=objective))
 
-    assert not finding.ok
+    assert finding.state == "wrong"
     assert "prompt_logprob_token_ids" in finding.text
     assert "python -m teacher" in finding.text
 
@@ -103,14 +104,14 @@ async def test_replicas_that_disagree_are_told_with_the_number(student: Path, ac
     async with serving(Provider()) as one, serving(Provider(logprob=-4.0)) as other:
         finding, _ = await look(recipe_of(student, one, other, top_k=8, on_disagreement=action))
 
-    assert finding.ok is (action == "warn")
+    assert finding.state == ("ok" if action == "warn" else "wrong")
     assert f"teacher {other} says of a fixed text what differs from the answer of {one} by 1 nats" in finding.text
 
 
 async def test_a_server_that_is_not_there_is_named_with_the_command_that_starts_one(student: Path) -> None:
     finding, _ = await look(recipe_of(student, "http://127.0.0.1:9"))
 
-    assert not finding.ok
+    assert finding.state == "wrong"
     assert "vllm serve DIR --enable-scale-out --max-logprobs 64 --port 9" in finding.text
 
 

@@ -15,6 +15,7 @@ from engine.errors import (
     EndOfChannel,
     EngineError,
     GeneratorDied,
+    ModelAbsent,
     TeacherOverloaded,
     TeacherRefused,
     TeacherUnavailable,
@@ -46,6 +47,9 @@ def test_values_survive_a_process_border() -> None:
     assert (type(refused), str(refused), refused.status) == (TeacherRefused, "prompt is too long", 413)
     busy = pickle.loads(pickle.dumps(TeacherOverloaded("busy", retry_after_s=1.5)))
     assert (type(busy), str(busy), busy.retry_after_s) == (TeacherOverloaded, "busy", 1.5)
+    absent = pickle.loads(pickle.dumps(ModelAbsent("no folder", remedy="fetch it with: get it", bring="get it")))
+    assert (type(absent), str(absent)) == (ModelAbsent, "no folder; fetch it with: get it")
+    assert (absent.what, absent.remedy, absent.bring) == ("no folder", "fetch it with: get it", "get it")
     failed = pickle.loads(pickle.dumps(ActorFailed("sampler", GeneratorDied("gone"))))
     assert (type(failed), str(failed)) == (ActorFailed, "actor 'sampler' failed: GeneratorDied: gone")
     assert (failed.actor, type(failed.cause), str(failed.cause)) == ("sampler", GeneratorDied, "gone")

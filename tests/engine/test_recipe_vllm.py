@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.build import standard_graph
+from engine.build.standard import standard_graph
 from engine.errors import RecipeError
 from engine.generation.vllm_transfer import share_gpu
 from engine.recipe import SamplerConfig, VllmConfig, with_overrides

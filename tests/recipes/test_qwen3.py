@@ -25,11 +25,10 @@ def test_the_full_recipe_is_whole_without_models(gpus: str) -> None:
     run(RECIPE, "--show", "--set", f"gpus={gpus}")
 
 
-def test_the_check_names_each_folder_that_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
-    finished = run(RECIPE, "--check", "--set", f"models={tmp_path}", expect=2)
+def test_a_start_names_each_folder_that_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    said = run(RECIPE, "--set", f"models={tmp_path}", expect=2).stderr
 
-    said = finished.stdout + finished.stderr
-    assert f"hf download OWNER/NAME --local-dir {tmp_path}/Qwen3-0.6B" in said
+    assert f"hf download Qwen/Qwen3-0.6B --local-dir {tmp_path}/Qwen3-0.6B" in said
     for name in ("train", "test"):
         assert f"{tmp_path}/gsm8k/main/{name}-00000-of-00001.parquet'" in said
 

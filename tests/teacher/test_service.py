@@ -296,7 +296,7 @@ def test_mistakes_end_with_exit_code_2_and_one_line(start_service: StartService,
         cases = {
             "has no config.json": start_service(model=tmp_path / "nowhere"),  # the only one that imports torch
             "the first line must be a token": start_service("--token-file", str(empty_token)),
-            "cannot be read: No such file": start_service("--token-file", str(tmp_path / "nix")),
+            "is not there; write a token into its first line": start_service("--token-file", str(tmp_path / "nix")),
             "can be reached from other machines": start_service("--host", "0.0.0.0"),
             "--port-file": start_service("--port-file", str(tmp_path / "no" / "folder")),
             f"cannot listen on 127.0.0.1:{port}": start_service("--port", str(port)),

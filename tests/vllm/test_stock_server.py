@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from engine.errors import TeacherMismatch, TeacherRefused, TeacherUnavailable
 from engine.recipe import VllmTeacher
-from teacher.pool import connect
+from teacher.pool import JSON_BYTES, connect
 from teacher.same_tokens import Known, known
 from teacher.vllm_client import VllmClient
 from tests.e2e.runs import World, assert_exactly_once, events, finish, start_run
@@ -173,6 +173,8 @@ async def test_a_run_learns_from_it_with_as_many_values_as_it_gives(
     assert finished.code == 0, finished.stderr[-3000:]
     (lowered,) = [line for line in events(out) if line["event"] == "teacher.top_k_lowered"]
     assert (lowered["wanted"], lowered["given"]) == (64, MAX_TOP_K)
+    (cost,) = [line for line in events(out) if line["event"] == "teacher.sends_json"]
+    assert cost["bytes_per_token"] == (MAX_TOP_K + 1) * JSON_BYTES
     assert_exactly_once(out, steps=6, per_step=4, max_staleness=1)
 
 
