@@ -1,4 +1,4 @@
-"""The graph that a recipe stands for unless it says otherwise: which actors, which channels, how much may wait in each."""
+"""The graph that a recipe stands for unless it says otherwise: its actors, its channels, how much may wait in each."""
 
 from __future__ import annotations
 
