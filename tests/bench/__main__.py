@@ -3,8 +3,8 @@
     python -m tests.bench [--quick] [--only NAME …] [--out FOLDER | --no-file]
 
 The table goes to ``docs/measurements/DATE-bench.md`` (``DATE-bench-quick.md``), with date, commit, machine, and how
-much of the machine others used meanwhile. Exits with 1 when a target was missed or a benchmark failed; all are run
-first.
+much of the machine others used meanwhile. It is written anew after each benchmark: who interrupts the rest keeps what
+there is. Exits with 1 when a target was missed or a benchmark failed; all are run first.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def read_report(text: str) -> Report | None:
         return None
 
 
-def as_markdown(results: Sequence[Done], *, at: datetime, command: str, machine: str, others: str) -> str:
+def as_markdown(
+    results: Sequence[Done], *, at: datetime, command: str, machine: str, others: str, not_run: Sequence[str] = ()
+) -> str:
     """The page that is kept: a function of what was measured, and of the commit."""
     minutes = sum(done.seconds for done in results) / 60
     reports = [done.report for done in results if done.report is not None]
@@ -112,6 +114,7 @@ def as_markdown(results: Sequence[Done], *, at: datetime, command: str, machine:
         f"# Benchmarks, {at:%Y-%m-%d}",
         "",
         f"`{command}`, {minutes:.0f} minutes, begun {at:%H:%M} UTC. Commit {commit()}. Machine: {machine}. {others}",
+        *([f"Interrupted before: {', '.join(not_run)}."] if not_run else []),
         "",
         "A ratio says how many times better ours is than the contender of that row under the same load: less time,",
         "fewer bytes, more per second. It is the median over turns, not the quotient of two values of this table.",
@@ -125,6 +128,7 @@ def as_markdown(results: Sequence[Done], *, at: datetime, command: str, machine:
         *(f"- {report.bench}: {target}" for report in reports for target in report.targets),
         *(f"- {report.bench}: FAILED: {failure}" for report in reports for failure in report.failures),
     ]
+    page += ["", "## Minutes", "", ", ".join(f"{done.bench.name} {done.seconds / 60:.1f}" for done in results)]
     notes = [f"- {report.bench}: {note}" for report in reports for note in report.notes]
     page += ["", "## Notes", "", *notes] if notes else []
     for done in results:
@@ -149,22 +153,26 @@ def main() -> int:
         if (bench.name in options.only if options.only else bench.is_quick or not options.quick)
     ]
     at, before = datetime.now(UTC), usage()
-    results = []
+    if not options.no_file:
+        options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{at:%Y-%m-%d}-bench{'-quick' if options.quick else ''}.md"
+    results: list[Done] = []
+    page = ""
     for bench in chosen:
         progress(f"== {bench.name}")
         results.append(run(bench, quick=options.quick))
-    page = as_markdown(
-        results,
-        at=at,
-        command=shlex.join(["make", "bench", *([f"ARGS={shlex.join(sys.argv[1:])}"] if sys.argv[1:] else [])]),
-        machine=describe_machine(),
-        others=said_of_others(before, usage()),
-    )
+        page = as_markdown(
+            results,
+            at=at,
+            command=shlex.join(["make", "bench", *([f"ARGS={shlex.join(sys.argv[1:])}"] if sys.argv[1:] else [])]),
+            machine=describe_machine(),
+            others=said_of_others(before, usage()),
+            not_run=[bench.name for bench in chosen[len(results) :]],
+        )
+        if not options.no_file:
+            path.write_text(page, encoding="utf-8")
     sys.stdout.write(page)
     if not options.no_file:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{at:%Y-%m-%d}-bench{'-quick' if options.quick else ''}.md"
-        path.write_text(page, encoding="utf-8")
         progress(f"written to {path}")
     return 1 if any(done.exit_code for done in results) else 0
 
