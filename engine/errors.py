@@ -124,6 +124,10 @@ class TeacherUnavailable(EngineError):
     """No answer this time: connection refused, reset, timed out, 5xx, or a torn body."""
 
 
+class TeacherUnreachable(TeacherUnavailable):
+    """Nobody answers there: not reached, or not in time."""
+
+
 class TeacherOverloaded(TeacherUnavailable):
     """The teacher is alive and asks to be left alone for ``retry_after_s`` seconds."""
 

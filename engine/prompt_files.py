@@ -41,13 +41,13 @@ def read_rows(config: DataConfig, *, name: str) -> Iterator[RawRow]:
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.is_dir():
         raise DataError(f"{name}.path={config.path!r}: is a folder; expected a .jsonl or .parquet file")
-    if not path.is_file():
-        raise DataAbsent(
-            f"{name}.path={config.path!r}: there is no such file", remedy="expected a .jsonl or .parquet file"
-        )
     if path.suffix not in readers:
         raise DataError(
             f"{name}.path={config.path!r}: unknown kind of file {path.suffix!r}; expected .jsonl or .parquet"
+        )
+    if not path.is_file():
+        raise DataAbsent(
+            f"{name}.path={config.path!r}: there is no such file", remedy="expected a .jsonl or .parquet file"
         )
     try:
         yield from readers[path.suffix](path, config, name)

@@ -151,6 +151,9 @@ def pose(
     Args:
         wrong: what the caller has found wrong already.
     """
+    theirs = scores.device if isinstance(scores, Tensor) else scores.top_ids.device
+    if theirs != device:  # a kernel in C would read another device's addresses
+        wrong = wrong or f"the teacher's scores are on {theirs} and the student on {device}; bring them together"
     shard = find_shard(
         width,
         device=device,

@@ -146,6 +146,14 @@ def linear_divergence_with_gradients(
     )
     if workspace is not None:
         block_rows = workspace.shape[0] if block_rows is None else min(block_rows, workspace.shape[0])
+    wrong = ""
+    for name, gradient, shape in (
+        ("hidden_grad", hidden_grad, hidden.shape),
+        ("head_grad", head_grad, head_weight.shape),
+        ("bias_grad", bias_grad, head_weight.shape[:1]),
+    ):
+        if gradient is not None and gradient.shape != shape:
+            wrong = f"{name} must be {tuple(shape)}, got {tuple(gradient.shape)}"
     head = Head(
         objective,
         hidden,
@@ -157,14 +165,8 @@ def linear_divergence_with_gradients(
         vocab_size,
         vocab_start,
         block_rows=block_rows,
+        wrong=wrong,
     )
-    for name, gradient, shape in (
-        ("hidden_grad", hidden_grad, hidden.shape),
-        ("head_grad", head_grad, head_weight.shape),
-        ("bias_grad", bias_grad, head_weight.shape[:1]),
-    ):
-        if gradient is not None and gradient.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(gradient.shape)}")
     gradients = Gradients(hidden=hidden_grad, weight=head_grad, bias=bias_grad)
     with torch.no_grad():
         out = head.run(hidden, head_weight, bias, gradients, workspace=workspace)
@@ -207,12 +209,16 @@ class Head:
         vocab_start: int | None,
         *,
         block_rows: int | None,
+        wrong: str = "",
     ) -> None:
+        """
+        Args:
+            wrong: what the caller has found wrong already; all ranks must be told (``ops.divergence.pose``).
+        """
         if block_rows is None:
             # Ranks must agree, and their widths need not.
             block_rows = _default_block_rows(hidden, None if tp_group is not None else len(weight))
         check_block_rows(block_rows)
-        wrong = ""
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             wrong = (
                 f"head_weight must be [V, D] and bias [V], got {tuple(weight.shape)} and "

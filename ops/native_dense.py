@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ops.dense import Dense
 from ops.formulas import Kind, formula_of
-from ops.native_library import native_library
+from ops.native_library import floats, native_library
 from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL
 from ops.shards import Shard
 from ops.solve import Conditions
@@ -86,7 +86,7 @@ class NativeDense(Problem):
 
     def solve(self, logits: Tensor, start: int, end: int) -> NativeDenseRows:
         teacher = self._teacher[start:end]
-        found = torch.empty((end - start, len(_FOUND)), dtype=torch.float64)
+        found = torch.empty((end - start, len(_FOUND)), dtype=torch.float64, device="cpu")
 
         def work(first: int, last: int) -> None:
             pair, scratch = self._pair(logits, teacher, first, last)
@@ -139,7 +139,7 @@ class NativeDense(Problem):
             student_is_bf16=logits.dtype == torch.bfloat16,
             teacher_is_bf16=teacher.dtype == torch.bfloat16,
         )
-        return pair, torch.empty(self._library.dense_scratch_floats(self.num_columns))
+        return pair, floats(self._library.dense_scratch_floats(self.num_columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +189,10 @@ def native_dense() -> DenseMaker | None:
 def _agrees(make: DenseMaker, objective: Plain) -> bool:
     """With torch, on a few rows of which some are far apart and some are masked."""
     random = torch.Generator().manual_seed(0)
-    logits, teacher = torch.randn(2, 3, 1000, generator=random) * torch.tensor([[1.0], [3.0], [20.0]])
+    logits, teacher = torch.randn(2, 3, 1000, generator=random, dtype=torch.float32, device="cpu")
+    for x in (logits, teacher):
+        x[1] *= 3.0
+        x[2] *= 20.0
     logits[1, 100:120] = teacher[1, 110:150] = -torch.inf
     shard = Shard(start=0, num_columns=999, vocab_size=999)
     results = []

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.native_library import native_library
+from ops.native_library import floats, native_library
 from ops.rows import Reduced
 from ops.threads import on_threads
 from ops.torch_rows import TorchRows
@@ -77,9 +77,9 @@ class NativeHead:
         num_columns, width = weight.shape
         lanes = -(-num_rows // library.head_lanes()) * library.head_lanes()
         if workspace is None or workspace.numel() < num_columns * lanes or not workspace.is_contiguous():
-            workspace = torch.empty(num_columns * lanes)
+            workspace = floats(num_columns * lanes)
         by_lane, by_width, maxima = (
-            torch.empty(size)
+            floats(size)
             for size in (
                 library.head_panels(lanes) * width,
                 library.head_panels(width) * num_rows,
@@ -133,11 +133,11 @@ class NativeHead:
 
         def work(start: int, end: int) -> None:
             most, total, scratch = (
-                torch.empty(fields.lanes),
-                torch.empty(fields.lanes).double(),
-                torch.empty(2 * fields.lanes),
+                floats(fields.lanes),
+                floats(fields.lanes).double(),
+                floats(2 * fields.lanes),
             )
-            hidden_grad = torch.zeros(fields.width, fields.lanes) if wants_hidden else None
+            hidden_grad = floats(fields.width, fields.lanes).zero_() if wants_hidden else None
             parts[start] = most, total, hidden_grad
             self.library.head_pass(
                 fields, None if ends is None else ends.fields, None if begins is None else begins.fields, start, end,
@@ -173,8 +173,8 @@ class HeadBlock:
         head, library, num_rows = self._head, self._head.library, len(ids)
         assert logits is self.logits
         assert num_columns == head.fields.columns
-        ids, support_logits = ids.contiguous(), torch.full(ids.shape, -torch.inf)
-        lists = torch.empty(head.num_tiles + 1 + ids.numel(), dtype=torch.int32)
+        ids, support_logits = ids.contiguous(), floats(*ids.shape).fill_(-torch.inf)
+        lists = torch.empty(head.num_tiles + 1 + ids.numel(), dtype=torch.int32, device="cpu")
         self._alive = ids, support_logits, lists
         first, entries = lists[: head.num_tiles + 1], lists[head.num_tiles + 1 :]
         self.fields = _Block(
@@ -191,11 +191,11 @@ class HeadBlock:
         shift = tail_max.masked_fill(tail_max == -torch.inf, 0.0)
         tail_sum = (total * (most - shift).double().exp()).sum(dim=0).float()
         tail_max.masked_fill_(tail_sum.isnan(), torch.nan)
-        largest = torch.empty(num_rows, k)
+        largest = floats(num_rows, k)
         room, step = library.head_scratch_floats(head.fields, self.fields), library.head_lanes()
 
         def find(start: int, end: int) -> None:
-            scratch = torch.empty(room)
+            scratch = floats(room)
             library.head_finish(
                 head.fields, self.fields, start * step, min(end * step, num_rows), k, _at(tail_sum), _at(largest),
                 _at(scratch),
@@ -218,7 +218,7 @@ class HeadBlock:
         """The gradient takes the place of the logits, and is passed on, when the next block begins: see ``end``."""
         assert out is self.logits
         head, num_rows = self._head, len(ids)
-        shift, scale = torch.zeros(2, head.fields.lanes)
+        shift, scale = floats(2, head.fields.lanes).zero_()
         shift[:num_rows], scale[:num_rows] = tail_shift, tail_scale
         support_gradient = support_gradient.contiguous()
         self._gradient = shift, scale, support_gradient
@@ -250,7 +250,9 @@ def native_head() -> ctypes.CDLL | None:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
-    if not _agrees(library):
+    with torch.device("cpu"):
+        agrees = _agrees(library)
+    if not agrees:
         _log.warning("the head's losses run in parts: the compiled kernel %s computes another result", library._name)
         return None
     return library
@@ -261,7 +263,8 @@ def _agrees(library: ctypes.CDLL) -> bool:
     random = torch.Generator().manual_seed(0)
     num_rows, width, num_columns = 35, 37, 701
     hidden, weight, bias = (
-        torch.randn(shape, generator=random) for shape in ((num_rows, width), (num_columns, width), (num_columns,))
+        torch.randn(shape, generator=random, dtype=torch.float32)
+        for shape in ((num_rows, width), (num_columns, width), (num_columns,))
     )
     ids = torch.stack([torch.randperm(num_columns, generator=random)[:7] for _ in range(num_rows)])
     ids[:, 3] = -1

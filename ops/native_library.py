@@ -19,6 +19,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SWITCH = "SLIPSTREAM_NATIVE"
 """Environment variable: 0 leaves the work to torch."""
 
@@ -57,6 +60,11 @@ def native_library() -> ctypes.CDLL | None:
     except NoLibrary as missing:
         _log.warning("losses on CPU run in plain torch, at a third of the speed or less: %s", missing)
         return None
+
+
+def floats(*shape: int) -> Tensor:
+    """Room that C writes float32 to, whatever torch's defaults are at the moment: who loads a model changes them."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def load_library() -> ctypes.CDLL:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ops.native_library import native_library
+from ops.native_library import floats, native_library
 from ops.rows import Reduced
 from ops.threads import on_threads
 from ops.torch_rows import TorchRows
@@ -38,13 +38,13 @@ class NativeRows:
             return self._torch.reduce(logits, ids, num_columns=num_columns, k=k)
         num_rows, num_ids = ids.shape
         ids = ids.contiguous()
-        support_logits, largest = torch.empty(num_rows, num_ids), torch.empty(num_rows, k)
-        tail_max, tail_sum = torch.empty(2, num_rows)
+        support_logits, largest = floats(num_rows, num_ids), floats(num_rows, k)
+        tail_max, tail_sum = floats(2, num_rows)
         function = self._function("reduce", logits)
         room = self._library.reduce_scratch_floats(num_columns, num_ids)
 
         def work(start: int, end: int) -> None:
-            scratch = torch.empty(room)
+            scratch = floats(room)
             function(
                 _at(logits, start), logits.stride(0), end - start, num_columns, _at(ids, start), num_ids, k,
                 _at(support_logits, start), _at(tail_max, start), _at(tail_sum, start), _at(largest, start),
@@ -83,7 +83,7 @@ class NativeRows:
         room = self._library.expand_scratch_ints(num_columns, num_ids)
 
         def work(start: int, end: int) -> None:
-            scratch = torch.empty(room, dtype=torch.int32)
+            scratch = torch.empty(room, dtype=torch.int32, device="cpu")
             function(
                 _at(out, start), out.stride(0), _at(logits, start), logits.stride(0), end - start, num_columns,
                 out.shape[1], _at(ids, start), num_ids, _at(shift, start), _at(scale, start), _at(support, start),
@@ -95,7 +95,7 @@ class NativeRows:
     def count_larger(self, numbers: Tensor, bounds: Tensor) -> Tensor:
         """As ``ops.counting.count_larger``, of float32: every one with every one, which for few beats sorting."""
         numbers, bounds = numbers.contiguous(), bounds.contiguous()
-        counts = torch.empty(bounds.shape, dtype=torch.int64)
+        counts = torch.empty(bounds.shape, dtype=torch.int64, device="cpu")
         self._library.count_larger(
             numbers.data_ptr(), numbers.shape[1], bounds.data_ptr(), bounds.shape[1], len(bounds), counts.data_ptr()
         )

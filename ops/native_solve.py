@@ -93,8 +93,8 @@ class NativeSolver:
         top_ids, sampled_ids = scores.top_ids.long().contiguous(), scores.sampled_ids.long().contiguous()
         top_logprobs = scores.top_logprobs.double().contiguous()
         sampled_logprobs = scores.sampled_logprobs.double().contiguous()
-        ids = torch.empty((num_rows, num_top + 1), dtype=torch.int64)
-        logprobs = torch.empty((num_rows, num_top + 1), dtype=torch.float64)
+        ids = torch.empty((num_rows, num_top + 1), dtype=torch.int64, device="cpu")
+        logprobs = torch.empty((num_rows, num_top + 1), dtype=torch.float64, device="cpu")
         largest = self._library.list_support(
             top_ids.data_ptr(), top_logprobs.data_ptr(), sampled_ids.data_ptr(), sampled_logprobs.data_ptr(),
             num_rows, num_top, ids.data_ptr(), logprobs.data_ptr(),
@@ -133,14 +133,14 @@ class NativeSolver:
             num_ids=num_ids, num_top=support.num_top, **{name: tensor.data_ptr() for name, tensor in given.items()}
         )
         values, metrics, tail_scale, support_gradient = (
-            torch.empty(shape, dtype=torch.float64)
+            torch.empty(shape, dtype=torch.float64, device="cpu")
             for shape in ((num_rows,), (num_rows, len(METRICS)), (num_rows,), (num_rows, num_ids))
         )
         solution = _Solution(*(tensor.data_ptr() for tensor in (values, metrics, tail_scale, support_gradient)))
         room = self._library.solve_scratch_doubles(num_ids)
 
         def work(start: int, end: int) -> None:
-            scratch = torch.empty(room, dtype=torch.float64)
+            scratch = torch.empty(room, dtype=torch.float64, device="cpu")
             self._library.solve_rows(asked, rows, solution, start, end, scratch.data_ptr())
 
         on_threads(work, num_rows, num_rows * num_ids / _PER_MS)

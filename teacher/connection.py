@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from engine.errors import TeacherOverloaded, TeacherRefused, TeacherUnavailable, UserError
+from engine.errors import TeacherOverloaded, TeacherRefused, TeacherUnavailable, TeacherUnreachable, UserError
 from teacher.token import read_token
 
 MAX_SMALL_ANSWER_BYTES = 64 << 10
@@ -67,7 +67,8 @@ class Connection:
         Raises:
             TeacherRefused: 4xx, never worth another attempt; ``status`` is the HTTP status.
             TeacherOverloaded: 429.
-            TeacherUnavailable: not reached, timed out, 5xx, or torn or longer than ``max_bytes``.
+            TeacherUnreachable: nobody answers.
+            TeacherUnavailable: 5xx, or torn or longer than ``max_bytes``.
         """
         headers = {} if content_type is None else {"Content-Type": content_type}
         try:
@@ -77,7 +78,9 @@ class Connection:
                 is_ok = response.status == 200
                 body = await _read(response, max_bytes if is_ok else MAX_SMALL_ANSWER_BYTES)
         except TimeoutError as error:
-            raise TeacherUnavailable(f"{self.url}{path}: no answer within {self._timeout_s:g} s") from error
+            raise TeacherUnreachable(f"{self.url}{path}: no answer within {self._timeout_s:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise TeacherUnreachable(f"{self.url}{path}: {error}") from error
         # A session that is closed under a call makes it fail with RuntimeError or OSError.
         except (aiohttp.ClientError, OSError, RuntimeError, EOFError) as error:
             raise TeacherUnavailable(f"{self.url}{path}: {error or type(error).__name__}") from error

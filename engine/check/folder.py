@@ -47,10 +47,13 @@ def check_room(recipe: Recipe, student: Student, out: Path | None) -> tuple[str,
     return f"checkpoints need up to {needed / 2**20:,.0f} MiB in {folder}", None
 
 
+def check_token(path: str) -> tuple[str, None]:
+    read_token(path)
+    return path, None
+
+
 def check_port(recipe: Recipe) -> tuple[str, None]:
     host, port = recipe.node.host, recipe.node.port
-    if recipe.node.token_file is not None:
-        read_token(recipe.node.token_file)
     if port == 0:
         return f"{host}, any free port", None
     try:

@@ -13,7 +13,14 @@ import msgspec
 
 from engine.check.devices import check_devices, gpus_to_bring, named_devices, num_gpus_here
 from engine.check.finding import Finding, Findings, is_elsewhere
-from engine.check.folder import check_earlier_run, check_folder, check_port, check_room, checkpoint_bytes
+from engine.check.folder import (
+    check_earlier_run,
+    check_folder,
+    check_port,
+    check_room,
+    check_token,
+    checkpoint_bytes,
+)
 from engine.check.packages import check_megatron, check_peft, check_vllm
 from engine.check.scorer import load_scorer
 from engine.check.student import (
@@ -145,6 +152,8 @@ def _machine(recipe: Recipe, student: Student | None, findings: Findings, *, out
         findings.leave_open("disk", f"needs room for checkpoints{room}")
     elif student is not None:
         findings.look("disk", lambda: check_room(recipe, student, out))
+    if (token_file := recipe.node.token_file) is not None:
+        findings.look("token", lambda: check_token(token_file))
     findings.look("port", lambda: check_port(recipe), of_machine=True)
     if recipe.sinks.tensorboard or recipe.sinks.wandb.project is not None:
         folder = out or Path("runs") / recipe.name

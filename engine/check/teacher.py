@@ -11,7 +11,7 @@ import msgspec
 
 from engine.check.asked import longest, wanted_top_k
 from engine.check.student import Student
-from engine.errors import Absent, RecipeError, TeacherMismatch, TeacherUnavailable
+from engine.errors import Absent, RecipeError, TeacherMismatch, TeacherUnavailable, TeacherUnreachable
 from engine.model_folder import look_at_model, vocab_size
 from engine.prompts import load_tokenizer
 from engine.recipe import LocalTeacher, Recipe, RemoteTeacher, VllmTeacher
@@ -45,7 +45,7 @@ async def find_teacher(recipe: Recipe, student: Student | None) -> FoundTeacher:
         student: to compare with; None: it is not here, and only what the teacher says of itself is looked at.
 
     Raises:
-        Absent: no teacher answers, a local one has no folder, or there is nothing to compare a stock server with.
+        Absent: nobody answers, a local one has no folder, or there is nothing to compare a stock server with.
         TeacherMismatch: it is not the student's teacher, or does not give what the recipe wants.
         EngineError: it refuses or breaks off.
     """
@@ -57,13 +57,19 @@ async def find_teacher(recipe: Recipe, student: Student | None) -> FoundTeacher:
         return FoundTeacher(text=_local_teacher(teacher, recipe, student))
     vocabulary = _known(teacher, recipe, student) if isinstance(teacher, VllmTeacher) else None
     async with AsyncExitStack() as clients:
-        found = []
+        found, away = [], []
         for url in teacher.urls:
             client = client_of(teacher, url, known=vocabulary, timeout_s=teacher.deadline_s)
             clients.push_async_callback(client.close)
-            info = await _info(recipe, teacher, url, client)
+            try:
+                info = await _info(recipe, teacher, url, client)
+            except Absent as error:  # what the others say may be wrong, and that one may be open
+                away.append(error)
+                continue
             _compare(url, info, recipe, student)
             found.append((url, client, info))
+        if away:
+            raise away[0]
         (url, client, info), *others = found
         for other_url, _, other in others:
             if (why := difference(info, other)) is not None:
@@ -85,13 +91,17 @@ async def find_teacher(recipe: Recipe, student: Student | None) -> FoundTeacher:
 
 
 async def _info(recipe: Recipe, teacher: RemoteTeacher, url: str, client: Teacher) -> TeacherInfo:
+    bring = recipe.bring.get(url) or _start(teacher, url)
     try:
         async with asyncio.timeout(PROBE_DEADLINE_S):
             return await client.info()
-    except (TeacherUnavailable, TimeoutError) as error:
+    except (TeacherUnreachable, TimeoutError) as error:
         reason = str(error) or f"no answer within {PROBE_DEADLINE_S:g} s"
-        bring = recipe.bring.get(url) or _start(teacher, url)
         raise Absent(f"no teacher at {url}", remedy=f"{reason}; start one with: {bring}", bring=bring) from error
+    except TeacherUnavailable as error:
+        raise TeacherUnavailable(
+            f"no teacher at {url}, but something answers; {error}; start one with: {bring}"
+        ) from error
 
 
 async def _disagreements(teacher: RemoteTeacher, found: Sequence[tuple[str, Teacher, TeacherInfo]]) -> list[str]:

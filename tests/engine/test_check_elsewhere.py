@@ -14,8 +14,10 @@ from engine.check.look import Checked, check
 from engine.megatron_config import MegatronConfig
 from engine.recipe import (
     DataConfig,
+    HttpTeacher,
     LearnerConfig,
     LocalTeacher,
+    NodeConfig,
     Recipe,
     SamplerConfig,
     StudentConfig,
@@ -168,6 +170,43 @@ async def test_a_teacher_that_answers_is_held_to_its_limits(world: Path) -> None
     assert (teacher.state, teacher.text) == ("open", "no teacher at http://127.0.0.1:9")
     assert teacher.to_do is not None
     assert teacher.to_do.startswith("vllm serve")
+
+
+async def test_a_service_that_is_no_teacher_is_there_and_wrong(world: Path) -> None:
+    provider = Provider()
+    provider.says["/v1/info"] = 200, {"hello": 1}
+    async with serving(provider) as url:
+        checked = await look(recipe_of(world, teacher=HttpTeacher(urls=(url,))))
+
+    (finding,) = checked.wrong
+    assert finding.text.startswith(f"no teacher at {url}, but something answers; ")
+
+
+async def test_a_replica_that_is_away_does_not_hide_what_is_wrong_with_another(world: Path) -> None:
+    async with serving(Provider(cap=20)) as url:
+        checked = await look(recipe_of(world, teacher=VllmTeacher(urls=("http://127.0.0.1:9", url))))
+
+    (finding,) = checked.wrong
+    assert finding.subject == "teacher"
+    assert url in finding.text
+
+
+async def test_a_kind_of_file_that_nobody_reads_is_wrong_before_it_is_fetched(world: Path) -> None:
+    checked = await look(recipe_of(world, data=DataConfig(path=str(world / "train.csv"), max_prompt_tokens=32)))
+
+    assert ["unknown kind of file '.csv'" in finding.text for finding in checked.wrong] == [True]
+
+
+@pytest.mark.parametrize(("content", "state"), [("\n", "wrong"), (None, "open")])
+async def test_a_token_file_that_is_there_must_hold_a_token(
+    world: Path, tmp_path: Path, content: str | None, state: str
+) -> None:
+    path = tmp_path / "token"
+    if content is not None:
+        path.write_text(content)
+    checked = await look(recipe_of(world, node=NodeConfig(token_file=str(path))))
+
+    assert states(checked)["token"] == state
 
 
 async def test_a_name_that_is_no_device_is_wrong(world: Path) -> None:

@@ -113,6 +113,15 @@ def solve_linear(
     return HeadPart(out.values.detach(), hidden.grad, mine.grad, None if my_bias is None else my_bias.grad)
 
 
+def one_rank_has_a_bad_gradient(group: Any, bad_rank: int, scores: TeacherScores, objective: Objective) -> None:
+    """Of one row too many there."""
+    hidden, head = torch.zeros(scores.num_rows, 3), torch.zeros(5, 3)
+    head_grad = torch.zeros(5 + (dist.get_rank(group) == bad_rank), 3)
+    linear_divergence_with_gradients(
+        objective, hidden, head, scores, hidden_grad=hidden.clone(), head_grad=head_grad, tp_group=group
+    )
+
+
 def one_rank_has_bad_logits(group: Any, bad_rank: int, scores: TeacherScores, objective: Objective) -> None:
     """Too few rows there, in a group that is whole otherwise."""
     num_rows = scores.num_rows - (dist.get_rank(group) == bad_rank)

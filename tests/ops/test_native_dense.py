@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ops.native_dense
-from ops import JSD, ForwardKL, Mixture, ReverseKL, TeacherScores, divergence
+from ops import JSD, ForwardKL, Mixture, ReverseKL, TeacherScores, divergence, linear_divergence
 from ops.dense import Dense
 from ops.kernels import dense_for
 from ops.native_dense import DenseMaker, NativeDense, native_dense
@@ -159,3 +159,53 @@ def test_a_list_of_all_ids_in_float32_goes_the_same_way() -> None:
 
     torch.testing.assert_close(listed.values, whole.values, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(listed.metrics["student_logprob"], logits.log_softmax(1)[:, 3], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_is_nothing_to_the_kernels(other: torch.dtype) -> None:
+    """Who loads a model sets it for the whole process meanwhile; what C writes to must keep its size."""
+    random = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(40, 24, generator=random), torch.randn(700, 24, generator=random)
+    teacher = torch.randn(40, 700, generator=random)
+    top = teacher.log_softmax(1).topk(9)
+    scores = TeacherScores(
+        top_ids=top.indices,
+        top_logprobs=top.values,
+        sampled_ids=torch.full((40,), 3),
+        sampled_logprobs=teacher.log_softmax(1)[:, 3],
+    )
+
+    def compute() -> list[Tensor]:
+        found = []
+        for given in (scores, teacher):
+            leaf = hidden.clone().requires_grad_()
+            for out in (
+                linear_divergence(JSD(), leaf, head, given),
+                divergence(JSD(), leaf @ head.t(), given),
+            ):
+                (gradient,) = torch.autograd.grad(out.values.sum(), leaf)
+                found += [out.values.detach(), gradient]
+        return found
+
+    expected = compute()
+    torch.set_default_dtype(other)
+    try:
+        found = compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_scores_on_another_device_are_refused_before_their_addresses_are_read(is_dense: bool) -> None:
+    teacher, ids = torch.zeros(4, 90, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    scores = TeacherScores(
+        top_ids=ids.unsqueeze(1), top_logprobs=teacher[:, :1], sampled_ids=ids, sampled_logprobs=teacher[:, 0]
+    )
+    given = teacher if is_dense else scores
+
+    with pytest.raises(ValueError, match="scores are on meta and the student on cpu; bring them together"):
+        divergence(ForwardKL(), torch.zeros(4, 90), given)
+    with pytest.raises(ValueError, match="scores are on meta and the student on cpu; bring them together"):
+        linear_divergence(ForwardKL(), torch.zeros(4, 8), torch.zeros(90, 8), given)

@@ -209,6 +209,14 @@ def test_no_rank_waits_for_one_that_was_called_with_bad_input(ranks: Ranks, bad_
         assert expected in str(error)
 
 
+def test_no_rank_waits_for_one_whose_gradient_has_another_shape(ranks: Ranks) -> None:
+    scores = make_case(num_rows=4, vocab_size=15).scores
+
+    errors = ranks.outcomes(on_ranks.one_rank_has_a_bad_gradient, 3, 1, scores, ForwardKL())
+    assert "head_grad must be (5, 3), got (6, 3)" in str(errors[1])
+    assert all("rank 1 of the tp_group was" in str(errors[rank]) for rank in (0, 2))
+
+
 def test_an_id_outside_the_vocabulary_is_refused_on_every_rank(ranks: Ranks) -> None:
     logits, scores = scored_case(VOCAB_SIZE)
     beyond = replace(scores, sampled_ids=torch.full_like(scores.sampled_ids, VOCAB_SIZE))

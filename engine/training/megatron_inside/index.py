@@ -57,12 +57,37 @@ class IndexReader(stored.FileSystemReader):
             for name, entry in index.state_dict_metadata.items()
             if isinstance(entry, records.TensorStorageMetadata)
         }
+        for place in (index.storage_data or {}).values():
+            if PurePosixPath(place.relative_path).name != place.relative_path:
+                raise CheckpointError(
+                    f"the index of {str(self.path)!r} points to {place.relative_path!r}, which is not a file of this "
+                    "folder; it is broken or was made to do harm: resume from another checkpoint"
+                )
         index.storage_meta = index.storage_meta or records.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 
 
-class _Unpickler(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler
+"""``Any``: its stubs do not say what is overridden here."""
+
+
+class _Unpickler(_InPython):  # type: ignore[misc]
+    """In Python, so that one of its instructions can be narrowed: the one that sets attributes of what is on the stack
+    sets those of a class as well, and then it is another one for the whole process."""
+
+    dispatch = dict(_InPython.dispatch)
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type):
+            raise CheckpointError(
+                f"its index would change the class {self.stack[-2].__name__}; it was made to do harm: resume from "
+                "another checkpoint"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         found = _ALLOWED.get((module, name))
         if found is None:

@@ -44,6 +44,10 @@ class _Runs:
         return os.system, (self._command,)
 
 
+_CHANGES_A_CLASS = b"cpathlib\nPosixPath\n(N}X\x04\x00\x00\x00harmK\x01stb."
+"""Names a class that is allowed, and sets an attribute of it."""
+
+
 def run(worlds: Worlds, folder: Path, layout: str, *arguments: Any) -> list[Steps]:
     cut = LAYOUTS[layout]
     seen: list[Steps] = worlds.run(f"{ON_RANKS}:train", num_ranks(cut), settings(folder, cut), *arguments)
@@ -113,6 +117,13 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(worlds: Worlds, tmp_path: 
         with pytest.raises(CheckpointError, match=rf"trainer state in '.*trainer' .* index asks for {asked}, which no"):
             run(worlds, student, "1", [], checkpoint)
     assert not (tmp_path / "harmed").exists()
+    index.write_bytes(_CHANGES_A_CLASS)
+    with pytest.raises(CheckpointError, match=r"its index would change the class PurePosixPath"):
+        run(worlds, student, "1", [], checkpoint)
+    assert b".distcp" in whole
+    index.write_bytes(whole.replace(b"__0_0.distcp", b"/etc/hostnam"))
+    with pytest.raises(CheckpointError, match=r"points to '/etc/hostnam', which is not a file of this folder"):
+        run(worlds, student, "1", [], checkpoint)
     index.write_bytes(pickle.dumps([1]))
     with pytest.raises(
         CheckpointError, match=r"trainer state in '.*trainer' cannot be read: .* is a list and no index"
