@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from engine.errors import RecipeError, TeacherMismatch, TeacherOverloaded, TeacherRefused, TeacherUnavailable
+from engine.errors import (
+    Absent,
+    RecipeError,
+    TeacherMismatch,
+    TeacherOverloaded,
+    TeacherRefused,
+    TeacherUnavailable,
+)
 from engine.recipe import HttpTeacher
 from teacher.pool import PoolStatistics, ReplicaPool, ReplicaStatistics, connect
 from teacher.protocol import Scores
@@ -997,8 +1004,8 @@ async def test_a_fault_in_a_prober_ends_the_scores_instead_of_leaving_them_to_wa
 def test_connect_refuses_a_token_file_that_cannot_be_used(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\nsecond line\n")
-    for path in (tmp_path / "missing", empty, tmp_path):
-        with pytest.raises(RecipeError, match=f"token file '{path}'"):
+    for path, kind in ((tmp_path / "missing", Absent), (empty, RecipeError), (tmp_path, RecipeError)):
+        with pytest.raises(kind, match=f"token file '{path}'"):
             connect(config(token_file=str(path)))
 
 

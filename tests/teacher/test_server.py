@@ -364,7 +364,7 @@ def test_a_token_is_the_first_line_without_space_around_it(tmp_path: Path) -> No
     path.write_bytes(b"  abc-123 \r\nmore\n")
 
     assert read_token(str(path)) == "abc-123"
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match="is not there; write a token into its first line"):
         read_token(str(tmp_path / "nix"))
 
 
