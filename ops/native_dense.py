@@ -1,8 +1,8 @@
 """A teacher's logits on CPU, for a plain objective of one rank: a few passes in C over rows that lie in the cache.
 
 ``ops.dense`` says what is computed, and does it where this file does not: mixtures, shards, float64. In torch's own
-operations a row of 32,000 takes some 3 ms of one core, here 0.2, backward pass included. How is in ``native_dense.c``; here
-is who calls it, and whether it can be trusted on this machine.
+operations a row of 32,000 takes some 3 ms of one core, here 0.2, backward pass included. How is in ``native_dense.c``;
+here is who calls it, and whether it can be trusted on this machine.
 """
 
 from __future__ import annotations
