@@ -12,6 +12,7 @@
         * Absent                        what is named is not on this machine; nothing is known to be wrong with it
             * ModelAbsent(ModelError), DataAbsent(DataError), PackageAbsent(RecipeError)
     * TeacherUnavailable                this attempt failed; another one may succeed
+        * TeacherUnreachable            nobody answers there
         * TeacherOverloaded             429: come back after ``retry_after_s``
     * NonFiniteError(ArithmeticError)   loss or gradient is NaN or infinite
     * WeightsMismatch                   a generator received other bits than the learner sent

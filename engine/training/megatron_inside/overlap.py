@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from engine.transport.handoff import record
 
@@ -38,6 +40,16 @@ class Written(NamedTuple):
             stream.wait_event(self.event)
         for gather in self.gathers:
             gather.wait()
+
+
+class Gathers(NamedTuple):
+    """In Megatron's place for what a group of buckets waits for."""
+
+    works: tuple[dist.Work, ...]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 @contextmanager
@@ -70,7 +82,10 @@ def start_gather(chunk: DistributedDataParallel, device: torch.device, stream: t
     if not chunk.ddp_config.overlap_param_gather:
         return Written(record(device))
     for group in _in_forward_order(chunk):
-        group.start_param_sync()
+        if device.type == "cuda":
+            group.start_param_sync()
+        else:
+            _gather_one_by_one(group)
     gathers = tuple(group.param_gather_handle for group in _in_forward_order(chunk))
     if stream is None:
         return Written(None, gathers)
@@ -78,6 +93,22 @@ def start_gather(chunk: DistributedDataParallel, device: torch.device, stream: t
         for gather in gathers:
             gather.wait()  # makes this stream wait, and no thread
     return Written(record(device, stream))
+
+
+def _gather_one_by_one(group: Any) -> None:
+    """Megatron's ``start_param_sync`` asks for the buckets of a group together, and two such requests at a time corrupt
+    the heap under gloo (torch 2.13, ``allgather_into_tensor_coalesced``; known as pytorch/pytorch#65231)."""
+    ranks = group.intra_distributed_optimizer_instance_group
+    size, rank = (getattr(group, f"intra_distributed_optimizer_instance_{name}") for name in ("size", "rank"))
+    group.param_gather_handle = Gathers(
+        tuple(
+            dist.all_gather_into_tensor(
+                bucket.param_data, shard_buffer(bucket.param_data, size)[rank], group=ranks, async_op=True
+            )
+            for bucket in group.buckets
+        )
+    )
+    group.param_gather_dispatched = True
 
 
 def finish_gather(chunk: DistributedDataParallel) -> None:

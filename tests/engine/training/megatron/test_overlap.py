@@ -98,6 +98,13 @@ def test_a_checkpoint_is_whole_while_weights_are_gathered(
         assert [step.loss for step in then.steps] == [step.loss for step in whole.steps[2:]]
 
 
+def test_many_gathers_at_once_leave_memory_whole(folders: dict[str, Path], worlds: Worlds) -> None:
+    """Megatron's own, of buckets together, end such a process within a few hundred under gloo."""
+    told = settings(folders["qwen3"], LAYOUTS["DP2"] | BOTH)
+
+    assert worlds.run(f"{ON_RANKS}:gather_often", 2, told, 300) == [True, True]
+
+
 def test_weights_are_gathered_in_the_buckets_of_the_gradients() -> None:
     with pytest.raises(RecipeError, match=r"overlap_param_gather=true needs overlap_grad_reduce=true"):
         MegatronConfig(overlap_param_gather=True)

@@ -24,6 +24,7 @@ from engine.training.megatron_inside.config import ddp_config
 from engine.training.megatron_inside.convert import held_tensors
 from engine.training.megatron_inside.inputs import make_row
 from engine.training.megatron_inside.model import unwrapped
+from engine.training.megatron_inside.overlap import finish_gather, start_gather
 from engine.training.megatron_inside.trainer import MegatronRankTrainer, make_trainer
 from engine.training.protocol import EvalResult
 from engine.training.rank_work import RankRollout, RankSettings, RankWork
@@ -139,6 +140,23 @@ def _train_overlapped(
         seen.versions.extend([digest_of(exported)] if exported else [])
     trainer.stop()
     return seen._replace(late=late)
+
+
+def gather_often(settings: RankSettings, num_times: int) -> bool:
+    """Whether all weights are what they were; in buckets so small that dozens of gathers are under way at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model_module, "ddp_config", lambda layout: dataclasses.replace(ddp_config(layout), bucket_size=100)
+        )
+        trainer = make(settings)
+        trainer.start()
+    chunk = trainer._loaded.chunk
+    finish_gather(chunk)
+    before = [weight.detach().clone() for weight in chunk.parameters()]
+    for _ in range(num_times):
+        start_gather(chunk, torch.device("cpu"), None)
+        finish_gather(chunk)
+    return all(torch.equal(*pair) for pair in zip(before, chunk.parameters(), strict=True))
 
 
 def train_without(repair: str, settings: RankSettings, steps: Sequence[Sequence[Sequence[RankRollout]]]) -> Steps:
