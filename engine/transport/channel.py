@@ -318,13 +318,15 @@ class Sender(Generic[T]):
         items = core.items
         # The way of nearly every call, written out: a function call more would cost a quarter of the hop.
         if len(items) < core.free_until and not self._is_closed:
-            if core.weigh is None:
+            weigh = core.weigh
+            if weigh is None:
                 items.append(item)
                 if core.receivers:
                     core.wake_receivers()
                 return
-            weight = core.weigh(item)
-            if weight >= 0 and (total := core.weight + weight) <= core.max_weight:
+            weight = weigh(item)
+            held = core.weight
+            if held <= (total := held + weight) <= core.max_weight:  # neither negative nor NaN, and there is room
                 items.append(item)
                 core.weights.append(weight)
                 core.weight = total
@@ -456,7 +458,7 @@ class Receiver(AsyncIterator[T]):
             item = items.popleft()
             if core.weigh is not None:
                 weight = core.weights.popleft()
-                core.weight = core.weight - weight if items else 0.0
+                core.weight = core.weight - weight if num_items > 1 else 0.0
             if core.senders:
                 core.wake_senders()
             return item
