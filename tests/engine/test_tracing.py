@@ -364,9 +364,9 @@ def test_a_line_is_cheap() -> None:
     num_lines = 2_000
     best_us = 1e9
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         for n in range(num_lines):
             log.info("rollout.dispatched", rollout_id=n, epoch=0, prompt_index=3, sample_index=0)
-        best_us = min(best_us, (time.perf_counter() - start) / num_lines * 1e6)
+        best_us = min(best_us, (time.process_time() - start) / num_lines * 1e6)
 
     assert best_us < 60

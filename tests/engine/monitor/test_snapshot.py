@@ -185,9 +185,9 @@ def test_a_thousand_steps_are_told_quickly() -> None:
         view.apply(Log().line("answer.trained", **trained_answer(step, pieces=["word "] * 512)))
     best_s = 1.0
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         size = sum(len(msgspec.json.encode(make(view))) for make in SECTIONS.values())
-        best_s = min(best_s, time.perf_counter() - start)
+        best_s = min(best_s, time.process_time() - start)
 
     assert best_s < 0.02
     assert size < 200_000
