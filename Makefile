@@ -51,9 +51,10 @@ models: $(VENV)/.demo
 ifeq ($(shell uname -s),Linux)
 test: test-vllm
 endif
-# Files of tests side by side: half of what they do is to wait for processes that they started.
+# Files of tests side by side, since half of what they do is to wait for processes that they started; in their order, in
+# which the long ones come first.
 test: lint models
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 test-vllm: $(VENV_VLLM)/.vllm
 	$(VENV_VLLM)/bin/python -m recipes.smollm2_models --out models/smollm2
