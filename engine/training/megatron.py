@@ -155,7 +155,10 @@ class MegatronTrainer:
         return self._digest[1]
 
     def save(self, folder: Path) -> None:
-        """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
+        """Of a step under way nothing is saved: the resumed run trains its rollouts again.
+
+        Also raises RunDirError: a rank cannot write there, and none is lost for it, or only those that wait for it.
+        """
         with self._leaving:
             self._call("save", {"folder": folder.absolute()})
 

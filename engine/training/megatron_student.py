@@ -134,6 +134,17 @@ def shape_of(config: Any, *, where: str = "the student") -> StudentShape:
     refuse.unless(not config.attention_dropout, f"attention_dropout={config.attention_dropout}", "none")
     if getattr(config, "use_sliding_window", False):
         refuse.unless(config.sliding_window is None, f"sliding_window={config.sliding_window}", "attention to all")
+    for kind in getattr(config, "layer_types", None) or ():
+        refuse.unless(kind == "full_attention", f"layer_types with {kind!r}", "attention to all")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ModelError(
+            f"{where} has quantised weights (quantization_config of {method!r}), learner.backend='megatron' trains "
+            "weights in float32 or bfloat16; convert the folder to bfloat16 first"
+        )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    refuse.unless(heads % kv_heads == 0, f"{kv_heads} key and value heads for {heads} heads", "equal groups")
     experts = {"qwen3_moe": _qwen_experts, "deepseek_v3": _deepseek_experts}.get(family)
     latent = _latent(config, refuse) if family == "deepseek_v3" else None
     return StudentShape(
@@ -141,8 +152,8 @@ def shape_of(config: Any, *, where: str = "the student") -> StudentShape:
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_attention_heads if latent else config.num_key_value_heads,
+        num_heads=heads,
+        num_kv_heads=heads if latent else kv_heads,
         head_dim=latent.nope_dim + latent.rope_dim if latent else _head_dim(config),
         ffn_size=config.intermediate_size,
         norm_eps=config.rms_norm_eps,
@@ -183,11 +194,11 @@ def check_layout(shape: StudentShape, config: MegatronConfig) -> None:
     if ep > 1 and (num_experts == 0 or num_experts % ep != 0):
         has = f"{num_experts} experts, which it does not divide" if num_experts else "no experts"
         raise RecipeError(f"learner.megatron: expert_parallel={ep}, and the student has {has}; change it")
-    _check_stages(shape, config)
     if pp > shape.num_layers:
         raise RecipeError(
             f"learner.megatron: pipeline_parallel={pp} is more than the student's {shape.num_layers} layers; lower it"
         )
+    _check_stages(shape, config)
 
 
 def _check_stages(shape: StudentShape, config: MegatronConfig) -> None:
@@ -198,10 +209,16 @@ def _check_stages(shape: StudentShape, config: MegatronConfig) -> None:
     fits = rest == 0 if num_others == 0 else rest >= num_others and rest % num_others == 0
     if not fits:
         taken = f" less the {sum(given)} of first_stage_layers and last_stage_layers" if given else ""
+        if rest < num_others or num_others == 0:
+            raise RecipeError(
+                f"learner.megatron: first_stage_layers and last_stage_layers take {sum(given)} of the student's "
+                f"{shape.num_layers} layers, which leaves {rest} for {num_others} other stages; change them or "
+                "pipeline_parallel"
+            )
         raise RecipeError(
             f"learner.megatron: pipeline_parallel={config.pipeline_parallel} stages do not divide the student's "
             f"{shape.num_layers} layers{taken}; set first_stage_layers or last_stage_layers so that what is left "
-            f"divides by {num_others or 1}, or change pipeline_parallel"
+            f"divides by {num_others}, or change pipeline_parallel"
         )
 
 
@@ -258,9 +275,14 @@ def _latent(config: Any, refuse: _Refuse) -> LatentAttention:
 
 def _qwen_experts(config: Any, refuse: _Refuse) -> Experts:
     dense = set(config.mlp_only_layers or ())
+    num_experts, top_k = config.num_experts, config.num_experts_per_tok
+    _refuse_choice(num_experts, top_k, refuse)
+    # One weight scaled to sum to 1 is 1: its router would learn nothing, and Megatron does not take it.
+    refuse.unless(top_k > 1 or not config.norm_topk_prob, "norm_topk_prob=true of one expert a token", "it of several")
+    refuse.unless(config.decoder_sparse_step >= 1, f"decoder_sparse_step={config.decoder_sparse_step}", "1 and up")
     return Experts(
-        num_experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
+        num_experts=num_experts,
+        top_k=top_k,
         ffn_size=config.moe_intermediate_size,
         shared_ffn_size=None,
         in_layer=tuple(
@@ -275,6 +297,17 @@ def _qwen_experts(config: Any, refuse: _Refuse) -> Experts:
 
 def _deepseek_experts(config: Any, refuse: _Refuse) -> Experts:
     top_k, num_groups, top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
+    num_experts = config.n_routed_experts
+    _refuse_choice(num_experts, top_k, refuse)
+    # By its two best experts a group is judged.
+    refuse.unless(
+        bool(num_groups and top_groups)
+        and top_groups <= num_groups
+        and num_experts % num_groups == 0
+        and num_experts // num_groups >= 2,
+        f"n_group={num_groups} and topk_group={top_groups} with {num_experts} experts",
+        "groups of equally many, two or more, and as many of them at most as there are",
+    )
     refuse.unless(
         bool(config.norm_topk_prob) and top_k > 1, f"norm_topk_prob={config.norm_topk_prob}", "true, top-2 up"
     )
@@ -293,7 +326,7 @@ def _deepseek_experts(config: Any, refuse: _Refuse) -> Experts:
     )
     num_shared = config.n_shared_experts or 0
     return Experts(
-        num_experts=config.n_routed_experts,
+        num_experts=num_experts,
         top_k=top_k,
         ffn_size=config.moe_intermediate_size,
         shared_ffn_size=num_shared * config.moe_intermediate_size if num_shared else None,
@@ -305,6 +338,10 @@ def _deepseek_experts(config: Any, refuse: _Refuse) -> Experts:
         num_groups=num_groups if is_grouped else None,
         top_groups=top_groups if is_grouped else None,
     )
+
+
+def _refuse_choice(num_experts: int, top_k: int, refuse: _Refuse) -> None:
+    refuse.unless(1 <= top_k <= num_experts, f"num_experts_per_tok={top_k} of {num_experts} experts", "one to all")
 
 
 class _Refuse:

@@ -52,6 +52,8 @@ from engine.training.megatron_inside.optimizer import StepOptimizer
 
 STATE = "state.json"
 _SHARDING = "fully_reshardable"
+_ZIP_WRITER = "inline_container"
+"""The source file that its failed assertions name."""
 
 
 class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,17 +68,17 @@ def save(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer,
     """Write ``folder``, which all ranks see. Collective; of the gradient nothing is saved.
 
     Raises:
-        OSError: a rank cannot write; all raise.
+        OSError: a rank cannot write its tensors, or nobody the folder; all raise. When ``state.json`` alone cannot be
+            written, rank 0 raises, and the others have written theirs.
     """
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = _State(version=version, num_updates=optimizer.num_updates)
-        (folder / STATE).write_bytes(msgspec.json.encode(state))
-    dist.barrier()
+    folder.mkdir(parents=True, exist_ok=True)  # by every rank: what one of them meets, all meet
     with _as_exceptions():
         dist_checkpointing.save(
             _sharded(chunk, optimizer, is_loading=False), str(folder), sharded_strategy=_WriteHere("torch_dist", 1)
         )
+    if dist.get_rank() == 0:
+        state = _State(version=version, num_updates=optimizer.num_updates)
+        (folder / STATE).write_bytes(msgspec.json.encode(state))
 
 
 def load(folder: Path, chunk: DistributedDataParallel, optimizer: StepOptimizer) -> int:
@@ -171,6 +173,9 @@ def _as_exceptions() -> Iterator[None]:
         yield
     except CheckpointException as told:
         (cause, _), *_ = told.failures.values()
+        # Of a write that failed torch's zip writer says nothing but that it is not where it should be.
+        if isinstance(cause, RuntimeError) and _ZIP_WRITER in str(cause):
+            raise OSError(f"a file was cut short; is the disk full? ({cause})") from None
         raise cause from None
 
 

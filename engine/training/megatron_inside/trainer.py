@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from engine.errors import NonFiniteError
+from engine.errors import NonFiniteError, RunDirError
 from engine.generation.protocol import Bucket
 from engine.training.flops import peak_tflops, training_flops
 from engine.training.megatron_inside import checkpoint, parallel
@@ -219,11 +219,19 @@ class MegatronRankTrainer:
         return self._loaded.exporter.buckets(bucket_bytes=bucket_bytes, written=self._weights_written)
 
     def save(self, folder: Path) -> None:
-        """Of a step under way nothing is saved: the resumed run trains its rollouts again."""
+        """Of a step under way nothing is saved: the resumed run trains its rollouts again.
+
+        Raises:
+            RunDirError: the disk is full, or cannot be written. A rank that meets it alone leaves the others waiting.
+        """
         loaded = self._loaded
         finish_gather(loaded.chunk)
-        checkpoint.save(folder / TRAINER, loaded.chunk, loaded.optimizer, version=self.version)
-        save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
+        try:
+            checkpoint.save(folder / TRAINER, loaded.chunk, loaded.optimizer, version=self.version)
+            save_student(loaded.exporter, source=Path(self._student.path), folder=folder / STUDENT)
+        except OSError as error:
+            # New ranks would meet the same: it is the user's to mend, not a rank's to die of.
+            raise RunDirError(f"{folder} cannot be written: {error}") from error
 
     def stop(self) -> None:
         self._state = None

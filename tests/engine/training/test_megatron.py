@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import ModelError, NonFiniteError
+from engine.errors import ModelError, NonFiniteError, RanksLost, RunDirError
 from engine.generation.protocol import Bucket
 from engine.megatron_config import MegatronConfig
 from engine.objective_config import ObjectiveConfig
@@ -20,6 +20,7 @@ from engine.training.hf import HFTrainer
 from engine.training.megatron import MegatronTrainer
 from engine.transport.manifest import digest_of
 from tests.engine.training.cases import CONFIG, make_scored, make_step, started
+from tests.support.disk import tiny_disk
 from tests.support.models import tiny_model
 
 pytest.importorskip("megatron.core")
@@ -158,6 +159,37 @@ def test_a_loss_that_is_not_finite_is_said_as_itself_and_leaves_the_weights(
 
     assert trainer.digest() == before
     assert trainer.score([5, 6, 7]), "the ranks are there"
+
+
+def test_a_disk_that_takes_no_checkpoint_is_said_as_itself_and_leaves_the_ranks(
+    trainer: MegatronTrainer, torch_trainer: HFTrainer, tmp_path: Path
+) -> None:
+    """It is no loss of ranks: a run that is restored for it would train the same steps again and meet the same disk."""
+    with tiny_disk(tmp_path / "disk") as disk:
+        disk.fill(spare_bytes=16_384)
+        with pytest.raises(RunDirError, match=r"/disk/a cannot be written: .*(No space left|is the disk full)"):
+            trainer.save(disk.path / "a")
+        disk.set_read_only()
+        with pytest.raises(RunDirError, match=r"/disk/b cannot be written: .*Read-only file system"):
+            trainer.save(disk.path / "b")
+
+    step_of_both(trainer, torch_trainer, seed=9)
+
+
+def test_what_rank_0_alone_cannot_write_ends_the_ranks_that_wait_for_it(student: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "student").write_text("in the way")
+    trainer = make_trainer(student, tmp_path / "ranks")
+    trainer.start()
+    try:
+        with pytest.raises(RunDirError, match=r"checkpoint cannot be written: .*File exists: '.*student'$"):
+            trainer.save(tmp_path / "checkpoint")
+        with pytest.raises(RanksLost, match=r"rank 0 of 2 failed in save: RunDirError: "):
+            trainer.score([5, 6, 7])
+        pids = trainer.rank_pids
+    finally:
+        trainer.stop()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_student_that_is_not_there_is_refused_as_itself_and_leaves_no_rank(tmp_path: Path) -> None:

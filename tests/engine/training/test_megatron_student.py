@@ -108,6 +108,18 @@ def _extra(**fields: Any) -> dict[str, Any]:
         (DeepseekV3Config(**_extra(topk_method="greedy")), "has topk_method='greedy'"),
         (DeepseekV3Config(rope_parameters=YARN | {"mscale": 0.0}), "mscale_all_dim=1.0 without mscale"),
         (DeepseekV3Config(rope_parameters=YARN | {"attention_factor": 1.1}), "has rope attention_factor=1.1"),
+        (
+            DeepseekV3Config(**_extra(quantization_config={"quant_method": "fp8"})),
+            r"quantised weights \(quantization_config of 'fp8'\), .* convert the folder to bfloat16 first",
+        ),
+        (Qwen3Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "layer_types with 'sliding_attention'"),
+        (LlamaConfig(num_attention_heads=32, num_key_value_heads=3), "has 3 key and value heads for 32 heads"),
+        (Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True), "norm_topk_prob=true of one expert a token"),
+        (Qwen3MoeConfig(num_experts=4, num_experts_per_tok=5), "has num_experts_per_tok=5 of 4 experts"),
+        (Qwen3MoeConfig(decoder_sparse_step=0), "has decoder_sparse_step=0"),
+        (DeepseekV3Config(n_group=3, topk_group=1), "has n_group=3 and topk_group=1 with 256 experts"),
+        (DeepseekV3Config(n_group=2, topk_group=3), "has n_group=2 and topk_group=3"),
+        (DeepseekV3Config(n_routed_experts=8, n_group=8, topk_group=4), "has n_group=8 and topk_group=4 with 8 exper"),
     ],
 )
 def test_what_megatron_would_compute_otherwise_is_refused_by_name(config: PreTrainedConfig, words: str) -> None:
@@ -135,7 +147,12 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
             {"pipeline_parallel": 3, "first_stage_layers": 8},
             "27 layers less the 8 of first_stage_layers and last_stage_layers; .* divides by 2",
         ),
-        ({"pipeline_parallel": 28}, "pipeline_parallel=28 stages do not divide the student's 27 layers"),
+        ({"pipeline_parallel": 28}, "pipeline_parallel=28 is more than the student's 27 layers"),
+        (
+            {"pipeline_parallel": 2, "first_stage_layers": 9, "last_stage_layers": 9},
+            "take 18 of the student's 27 layers, which leaves 9 for 0 other stages",
+        ),
+        ({"pipeline_parallel": 2, "first_stage_layers": 27}, "take 27 .* which leaves 0 for 1 other stages"),
         (
             {"expert_parallel": 3, "data_parallel": 3},
             "expert_parallel=3, and the student has 64 experts, which it does not divide",
