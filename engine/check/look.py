@@ -27,6 +27,7 @@ from engine.check.student import (
     Student,
     check_lengths,
     has_config,
+    look_at_heads,
     look_at_layout,
     look_at_weights,
     read_held_out,
@@ -141,6 +142,8 @@ def _machine(recipe: Recipe, student: Student | None, findings: Findings, *, out
         findings.look("devices", lambda: check_devices(recipe))
     if recipe.sampler.backend == "vllm":
         findings.look("vllm", lambda: check_vllm(recipe.sampler.device))
+        if student is not None:
+            findings.look("heads", lambda: look_at_heads(recipe, student))
     if recipe.learner.backend == "megatron":
         findings.look("megatron", check_megatron)
         if has_config(recipe):

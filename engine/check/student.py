@@ -16,6 +16,9 @@ from engine.prompt_files import read_rows
 from engine.prompts import PromptSet, Tokenizer, load_prompts, load_tokenizer
 from engine.recipe import DataConfig, EvalConfig, Recipe
 
+# Of vLLM 0.32, by what its CPU backend says of itself; with another one it ends at its first token.
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 class Student(msgspec.Struct, frozen=True, kw_only=True):
     """What the student's folder says of it."""
@@ -72,6 +75,27 @@ def look_at_layout(recipe: Recipe) -> tuple[str, None]:
         f"data {config.data_parallel}, expert {config.expert_parallel}"
     )
     return f"{layout}: the student fits {config.num_ranks} ranks", None
+
+
+def look_at_heads(recipe: Recipe, student: Student) -> tuple[str, None]:
+    """That vLLM can cut the student's attention as it is told to, and has kernels for it where it samples."""
+    config, num_devices = student.config, recipe.sampler.vllm.tensor_parallel
+    num_heads, hidden_size = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if num_heads is None or hidden_size is None:
+        return "how many heads the student has is not known; vLLM looks at its start", None
+    if num_heads % num_devices:
+        raise RecipeError(
+            f"sampler.vllm.tensor_parallel={num_devices} does not divide the student's {num_heads} attention heads; "
+            "choose a number that does"
+        )
+    size = getattr(config, "head_dim", None) or hidden_size // num_heads
+    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    if recipe.sampler.device == "cpu" and not is_latent and size not in VLLM_CPU_HEAD_SIZES:
+        raise RecipeError(
+            f"sampler.backend='vllm' on CPU has no attention for heads of {size}, as the student's are, only for those "
+            f"of {', '.join(map(str, VLLM_CPU_HEAD_SIZES))}; sample with torch: --set sampler.backend=hf"
+        )
+    return f"{num_heads} attention heads on {num_devices} device{'s' * (num_devices > 1)}", None
 
 
 def has_config(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from engine.check.student import VLLM_CPU_HEAD_SIZES
 from engine.recipe import WeightsConfig
 from tests.engine.generation.contract import buckets_of, reference_logprobs, request
 from tests.vllm.shared_engine import Borrower, SharedEngine
@@ -50,3 +51,9 @@ async def test_with_all_patches_an_update_is_right(shared: SharedEngine, shared_
         generator = await engine.lend()
         assert await error_after_update(generator, engine) < 1e-5
         await generator.stop()
+
+
+async def test_heads_are_checked_against_what_the_cpu_backend_says_of_itself() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == VLLM_CPU_HEAD_SIZES
