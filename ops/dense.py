@@ -24,7 +24,7 @@ from ops.coarse import TAIL_FLOOR, finite
 from ops.objectives import Objective, Plain, leaves
 from ops.shards import Shard
 from ops.solve import Conditions, Summands, excess, needs_floor, terms
-from ops.solved import METRICS, Problem, Solved, blocks, working_dtype
+from ops.solved import METRICS, Problem, Solved, blocks, check_version, version_of, working_dtype
 
 
 class Dense(Problem):
@@ -53,6 +53,7 @@ class Dense(Problem):
         super().__init__(num_columns=shard.num_columns)
         self.teacher, self.shard, self.conditions, self.block_rows = teacher, shard, conditions, block_rows
         self._sampled_ids = sampled_ids
+        self.teacher_version = version_of(teacher)
         self._leaves = [(weight, leaf) for weight, leaf in leaves(objective) if isinstance(leaf, get_args(Plain))]
         self._needs_floor = any(needs_floor(leaf) for _, leaf in self._leaves)
 
@@ -164,6 +165,7 @@ class DenseRows(Solved):
     """[B, 1] float64."""
 
     def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
+        check_version(self.problem.teacher, self.problem.teacher_version)
         row_scale = self.row_scale if scale is None else self.row_scale * scale.unsqueeze(1)
         for first, last in blocks(len(logits), self.problem.block_rows):
             rows = slice(first, last)

@@ -10,7 +10,7 @@ without a [T, V] tensor altogether.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -186,6 +186,8 @@ def _what_is_wrong(
     objective: Objective, scores: TeacherScores | Tensor, conditions: Conditions, *, num_rows: int, width: int
 ) -> str:
     """One sentence, or nothing."""
+    if not isinstance(objective, get_args(Objective)):
+        return f"the objective must be one of ops, as ForwardKL(), got {objective!r}"
     if not isinstance(scores, TeacherScores):
         if scores.shape != (num_rows, width):
             return f"the teacher's logits must be {(num_rows, width)} as the student's, got {tuple(scores.shape)}"

@@ -23,7 +23,7 @@ from ops.native_library import floats, native_library
 from ops.objectives import JSD, ForwardKL, Objective, Plain, ReverseKL, SkewKL
 from ops.shards import Shard
 from ops.solve import Conditions
-from ops.solved import METRICS, Problem, Solved
+from ops.solved import METRICS, Problem, Solved, check_version, version_of
 from ops.threads import on_threads
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class NativeDense(Problem):
             metrics=metrics,
             problem=self,
             teacher=teacher,
-            teacher_version=_version(teacher),
+            teacher_version=version_of(teacher),
             found=found,
             row_scale=row_scale.squeeze(1),
         )
@@ -155,11 +155,7 @@ class NativeDenseRows(Solved):
     """[B] float64."""
 
     def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
-        if _version(self.teacher) != self.teacher_version:
-            raise RuntimeError(
-                "the teacher's logits were modified between forward and backward, which reads them again; "
-                "clone them, or modify them later"
-            )
+        check_version(self.teacher, self.teacher_version)
         row_scale = self.row_scale if scale is None else self.row_scale * scale
         self.problem.write(out, logits, self.teacher, self.found, row_scale)
 
@@ -216,8 +212,3 @@ def _with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 def _at(tensor: Tensor, row: int) -> int:
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.element_size()
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts modifications; those of a tensor made in inference mode are not counted."""
-    return None if tensor.is_inference() else tensor._version

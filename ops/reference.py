@@ -8,6 +8,7 @@ the formulas; nothing but constants is shared with what is fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,7 @@ def _listed(
     rest = [v for v in range(len(z)) if v not in support and float(z[v].detach()) > -torch.inf]
     if not support:
         return _zero(z)
-    raw_log_P_S = torch.tensor([teacher[i] for i in support], dtype=torch.float64)
+    raw_log_P_S = torch.tensor([teacher[i] for i in support], dtype=torch.float64, device=z.device)
     log_Q = _log_softmax(_categories(z, support, rest))
     log_P = _whole_teacher(raw_log_P_S, has_rest=bool(rest))
     if temperature != 1.0:
@@ -112,7 +113,7 @@ def _listed(
     if objective.tail == "ignore":
         return _compare(objective, raw_log_P_S, log_Q_S)
     if rest and _is_reverse_kl(objective):
-        log_P = torch.cat((log_P[:-1], log_P[-1:].clamp(min=torch.tensor(TAIL_FLOOR).double().log())))
+        log_P = torch.cat((log_P[:-1], log_P[-1:].clamp(min=math.log(TAIL_FLOOR))))
     return _compare(objective, log_P, log_Q)
 
 
@@ -133,7 +134,7 @@ def _dense(objective: Objective, z: Tensor, teacher: Tensor, temperature: float)
         # One category of probability TAIL_FLOOR.
         tail = log_Q[ruled_out].logsumexp(0, keepdim=True)
         log_Q = torch.cat((log_Q[~ruled_out], tail))
-        log_P = torch.cat((log_P[~ruled_out], torch.tensor([TAIL_FLOOR]).double().log()))
+        log_P = torch.cat((log_P[~ruled_out], log_P.new_full((1,), math.log(TAIL_FLOOR))))
     return _compare(objective, log_P, log_Q)
 
 
@@ -144,8 +145,8 @@ def _enlist(teacher: dict[int, float], ids: Tensor, logprobs: Tensor) -> None:
 
 
 def _categories(z: Tensor, support: Sequence[int], rest: Sequence[int]) -> Tensor:
-    on_support = z[torch.tensor(support)]
-    return torch.cat((on_support, z[torch.tensor(rest)].logsumexp(0, keepdim=True))) if rest else on_support
+    on_support = z[list(support)]
+    return torch.cat((on_support, z[list(rest)].logsumexp(0, keepdim=True))) if rest else on_support
 
 
 def _whole_teacher(log_P_S: Tensor, *, has_rest: bool) -> Tensor:
@@ -198,8 +199,7 @@ def _log_mixture(weight: float, log_A: Tensor, log_B: Tensor) -> Tensor:
     """log(w A + (1 − w) B)."""
     if weight == 0.0:
         return log_B
-    weights = torch.tensor([[weight], [1.0 - weight]], dtype=torch.float64)
-    return (torch.stack((log_A, log_B)) + weights.log()).logsumexp(0)
+    return torch.stack((log_A + math.log(weight), log_B + math.log(1.0 - weight))).logsumexp(0)
 
 
 def _estimate(objective: SampledReverseKL, log_q: Tensor, log_p: Tensor, behaviour: float | None) -> Tensor:
@@ -213,8 +213,7 @@ def _estimate(objective: SampledReverseKL, log_q: Tensor, log_p: Tensor, behavio
         return value + weight * advantage * (log_q - log_q.detach())
     log_ratio = log_p - log_q
     if float(log_ratio.detach()) > MAX_LOG_RATIO:
-        at_limit = torch.tensor(MAX_LOG_RATIO, dtype=torch.float64)
-        return weight * (at_limit.expm1() + at_limit.exp() * (log_ratio - at_limit) - log_ratio)
+        return weight * (math.expm1(MAX_LOG_RATIO) + math.exp(MAX_LOG_RATIO) * (log_ratio - MAX_LOG_RATIO) - log_ratio)
     return weight * (log_ratio.expm1() - log_ratio)
 
 

@@ -51,6 +51,10 @@ class TeacherScores:
                 f"extra_ids and extra_logprobs must both be [T, E], got {tuple(self.extra_ids.shape)} and "
                 f"{None if extra is None else tuple(extra.shape)}"
             )
+        for name, ids in (("top_ids", self.top_ids), ("sampled_ids", self.sampled_ids), ("extra_ids", self.extra_ids)):
+            # Log-probabilities in their place would be a list of nothing but padding: a loss of 0.
+            if ids is not None and ids.is_floating_point():
+                raise ValueError(f"{name} must be integers, got {ids.dtype}")
 
     @property
     def num_rows(self) -> int:
@@ -142,7 +146,7 @@ def lists_all(scores: TeacherScores, vocab_size: int) -> bool:
     if ids.shape[1] != vocab_size or not len(ids) or ids.is_cuda:
         return False
     rows = ids[:1] if ids.stride(0) == 0 else ids
-    return bool((rows == torch.arange(vocab_size)).all())
+    return bool((rows == torch.arange(vocab_size, device=ids.device)).all())
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:

@@ -58,6 +58,19 @@ class Problem(ABC):
         """Rows [start, end), whose logits [B, W] are given. Every rank of a group must solve the same rows."""
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """Counts modifications; those of a tensor made in inference mode are not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def check_version(teacher: Tensor, version: int | None) -> None:
+    if version_of(teacher) != version:
+        raise RuntimeError(
+            "the teacher's logits were modified between forward and backward, which reads them again; "
+            "clone them, or modify them later"
+        )
+
+
 class Columns:
     """Collects [B] results of the blocks into [T] tensors."""
 

@@ -17,7 +17,7 @@ from ops.formulas import formula_of
 from ops.objectives import Objective, Plain
 from ops.shards import Shard
 from ops.solve import Conditions
-from ops.solved import METRICS, Problem, Solved
+from ops.solved import METRICS, Problem, Solved, check_version, version_of
 from ops.triton_dense_kernels import NUM_SEQUENCES, NUM_SUMS, dense_gradient, dense_statistics, dense_sums
 from ops.triton_rows import num_processors, splits
 
@@ -86,7 +86,7 @@ class TritonDense(Problem):
             values=values,
             metrics=metrics,
             teacher=teacher,
-            teacher_version=_version(teacher),
+            teacher_version=version_of(teacher),
             num_columns=self.num_columns,
             formula=self._formula,
             statistics=statistics,
@@ -110,11 +110,7 @@ class TritonDenseRows(Solved):
 
     def write(self, out: Tensor, logits: Tensor, scale: Tensor | None = None) -> None:
         teacher = self.teacher
-        if _version(teacher) != self.teacher_version:
-            raise RuntimeError(
-                "the teacher's logits were modified between forward and backward, which reads them again; "
-                "clone them, or modify them later"
-            )
+        check_version(teacher, self.teacher_version)
         num_rows, width = logits.shape
         if num_rows == 0:
             return
@@ -142,8 +138,3 @@ class TritonDenseRows(Solved):
             STATISTICS=triton.next_power_of_2(num_statistics),
             num_warps=_WARPS,
         )
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts modifications; those of a tensor made in inference mode are not counted."""
-    return None if tensor.is_inference() else tensor._version

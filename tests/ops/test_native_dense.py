@@ -138,8 +138,9 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     assert "computes another result" in caplog.text
 
 
-def test_a_teacher_that_changed_before_the_backward_pass_is_noticed() -> None:
-    logits, teacher = make_logits(300, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_that_changed_before_the_backward_pass_is_noticed(dtype: torch.dtype) -> None:
+    logits, teacher = (x.to(dtype) for x in make_logits(300, torch.float32))
     values = divergence(ForwardKL(), logits.requires_grad_(), teacher).values
     teacher += 1.0
 

@@ -437,3 +437,36 @@ def test_a_head_meets_a_dense_teacher() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(values.sum(), (hidden, head)), torch.autograd.grad(expected.sum(), (hidden, head))
     )
+
+
+def test_ids_and_log_probabilities_that_changed_places_are_refused() -> None:
+    scores = make_case().scores
+
+    with pytest.raises(ValueError, match="top_ids must be integers"):
+        replace(scores, top_ids=scores.top_logprobs, top_logprobs=scores.top_ids)
+    with pytest.raises(ValueError, match="sampled_ids must be integers"):
+        replace(scores, sampled_ids=scores.sampled_logprobs, sampled_logprobs=scores.sampled_ids)
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", ForwardKL])
+def test_what_is_no_objective_is_refused(objective: Any) -> None:
+    case = make_case()
+
+    with pytest.raises(ValueError, match=r"must be one of ops, as ForwardKL\(\)"):
+        divergence(objective, case.logits, case.scores)
+
+
+def test_tensors_elsewhere_than_on_the_default_device_are_none_the_worse() -> None:
+    case = make_case(top_k=11)
+    scores = replace(
+        case.scores,
+        top_ids=torch.arange(11).expand(3, 11),
+        top_logprobs=case.teacher,
+        extra_ids=case.scores.top_ids[:, :3],
+    )
+    for objective in OBJECTIVES:
+        for teacher in (scores, case.scores):
+            expected = value_and_gradient(objective, case.logits, teacher), reference(objective, case.logits, teacher)
+            with torch.device("meta"):
+                found = value_and_gradient(objective, case.logits, teacher), reference(objective, case.logits, teacher)
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
