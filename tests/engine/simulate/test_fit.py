@@ -137,7 +137,7 @@ def test_a_run_of_a_second_has_one_reading_of_its_generator_and_that_is_enough(t
     last = json.loads(readings[-1])
 
     def busy_s(costs: ReplayConfig) -> float:
-        return (
+        return float(
             costs.decode_step_s * last["decode_steps_total"]
             + costs.decode_slot_s * last["tokens_total"]
             + costs.prefill_token_s * last["prefill_tokens_total"]
