@@ -23,8 +23,8 @@ from engine.recipe_fields import (
     Autocast,
     BelowOne,
     ComputeDtype,
-    Dtype,
     Fraction,
+    MasterDtype,
     NonNegative,
     NonNegativeFloat,
     Port,
@@ -45,7 +45,7 @@ class StudentConfig(Section, frozen=True, kw_only=True):
 
     path: str
     """Folder in Hugging Face format: config, weights, tokenizer."""
-    dtype: Dtype = "float32"
+    dtype: MasterDtype = "float32"
     """Of the master weights."""
     trust_remote_code: bool = False
 

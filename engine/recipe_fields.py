@@ -27,6 +27,9 @@ StepSeconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
 """Not 0: in no time, no end of tokens."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MasterDtype = Literal["float32", "bfloat16"]
+"""Of weights that an optimizer changes. Not float16: AdamW's eps and the squares of small gradients are 0 in it, and
+the first step ends the model."""
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """auto: bfloat16 where the device multiplies it in hardware (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), float32
 elsewhere."""

@@ -7,6 +7,7 @@ numpy and msgspec, no torch.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -160,6 +161,10 @@ def score_request(
             f"extra_ids has shape {list(extra.shape)}, expected [{len(response)}, E]: one row per response token",
             status=422,
         )
+    try:
+        top_k = operator.index(top_k)  # numpy's numbers included
+    except TypeError:
+        raise TeacherRefused(f"top_k={top_k!r}, expected a whole number", status=422) from None
     if top_k < 1:
         raise TeacherRefused(f"top_k={top_k}, expected at least 1", status=422)
     if request_id is not None and not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:

@@ -30,6 +30,10 @@ _MAX_REQUESTS = 20_000
 """At the teacher, the latest: enough to see how it works."""
 
 
+_NUM_DECODE_COSTS = 3
+"""Of a step, of a slot in it, of a prompt token: fewer readings than that do not tell them apart."""
+
+
 class _Line(msgspec.Struct, frozen=True):
     """The fields of a log line that say what something took."""
 
@@ -152,9 +156,22 @@ class _Tick(msgspec.Struct, frozen=True):
     """Pauses left out."""
 
 
+def _from_to(readings: Sequence[_Line]) -> list[tuple[_Line, _Line]]:
+    """Readings of the generator and those before them. A short run has a few, one a second: then what came before the
+    first of each process, whose totals begin at 0, counts too, although it holds a warm-up."""
+    pairs = list(itertools.pairwise(readings))
+    if len(readings) > _NUM_DECODE_COSTS:
+        return pairs
+    start = _Line(event="generator.stats", decode_steps_total=0)
+    return [
+        (start if after.busy_s < before.busy_s else before, after)
+        for before, after in itertools.pairwise([start, *readings])
+    ]
+
+
 def _ticks(readings: Sequence[_Line]) -> list[_Tick]:
     ticks = []
-    for before, after in itertools.pairwise(readings):
+    for before, after in _from_to(readings):
         tokens = after.tokens_total - before.tokens_total
         busy_s = after.busy_s - before.busy_s - (after.paused_s - before.paused_s)
         if tokens <= 0 or busy_s <= 0:  # nothing was decoded, or the totals began anew with another process
@@ -183,9 +200,7 @@ def _fit_decode(ticks: Sequence[_Tick]) -> dict[str, float]:
 
 def _pause_s(lines: dict[str, list[_Line]]) -> float:
     """Per version; 0 from a log that does not tell."""
-    total = sum(
-        max(0.0, after.paused_s - before.paused_s) for before, after in itertools.pairwise(lines["generator.stats"])
-    )
+    total = sum(max(0.0, after.paused_s - before.paused_s) for before, after in _from_to(lines["generator.stats"]))
     return total / len(lines["weights.push"]) if lines["weights.push"] else 0.0
 
 

@@ -183,6 +183,7 @@ def recipe():
         ("steps=99999999999999999999999", "$.steps"),
         ("learner.num_threads=100000000000", "$.learner.num_threads"),
         ("learner.autocast=yes", "expected one of 'auto', 'gpu', 'off'"),
+        ("student.dtype=float16", "expected one of 'bfloat16', 'float32'"),
         ("data.too_long=x", "expected one of 'filter', 'refuse'"),
         ("teacher.kind=nope", "expected one of 'http', 'vllm_http', 'local'"),
         ("sampler.stop_ids=[384]", "sampler.stop_ids has 384, the student's ids are 0 to 383"),

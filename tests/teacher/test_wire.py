@@ -264,6 +264,9 @@ def test_an_answer_that_is_not_finite_is_malformed(value: float) -> None:
         ({"prompt_ids": [2**31]}, r"^prompt_ids must be whole numbers"),
         ({"response_ids": [0.5]}, r"^response_ids must be whole numbers"),
         ({"top_k": 0}, r"^top_k=0, expected at least 1"),
+        ({"top_k": np.int64(0)}, r"^top_k=0, expected at least 1"),
+        ({"top_k": "3"}, r"^top_k='3', expected a whole number"),
+        ({"top_k": 3.0}, r"^top_k=3\.0, expected a whole number"),
         ({"extra_ids": np.zeros((3, 1), np.int32)}, r"^extra_ids has shape \[3, 1\], expected \[2, E\]"),
         ({"request_id": ""}, r"^request_id has 0 characters"),
         ({"request_id": "x" * 129}, r"^request_id has 129 characters, expected 1 to 128"),
@@ -275,6 +278,15 @@ def test_arguments_that_no_teacher_answers_are_refused(changes: dict[str, object
     with pytest.raises(TeacherRefused, match=message) as caught:
         score_request(**arguments)  # type: ignore[arg-type]
     assert caught.value.status == 422
+
+
+def test_a_top_k_of_numpy_travels_like_any_other() -> None:
+    of_numpy: int = np.int64(3)  # type: ignore[assignment]
+    request = score_request(prompt_ids=[1], response_ids=[2, 3], top_k=of_numpy)
+
+    decoded, _ = wire.decode_request(wire.encode_request(request, values="float16"))
+
+    assert decoded.top_k == 3
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,29 @@ def test_torn_and_strange_lines_are_passed_over(tmp_path: Path) -> None:
     assert fit(tmp_path / "run", recipe).costs == whole
 
 
+def test_a_run_of_a_second_has_one_reading_of_its_generator_and_that_is_enough(tmp_path: Path) -> None:
+    recipe, _ = logged(tmp_path / "run")
+    path = tmp_path / "run" / "events.jsonl"
+    whole = fit(tmp_path / "run", recipe).costs
+    lines = path.read_text().splitlines(keepends=True)
+    readings = [line for line in lines if '"generator.stats"' in line]
+    path.write_text("".join(line for line in lines if line not in readings[:-1]))
+
+    costs = fit(tmp_path / "run", recipe).costs
+
+    last = json.loads(readings[-1])
+
+    def busy_s(costs: ReplayConfig) -> float:
+        return float(
+            costs.decode_step_s * last["decode_steps_total"]
+            + costs.decode_slot_s * last["tokens_total"]
+            + costs.prefill_token_s * last["prefill_tokens_total"]
+        )
+
+    assert busy_s(costs) == pytest.approx(busy_s(whole), rel=0.05)
+    assert costs.weights_pause_s == pytest.approx(whole.weights_pause_s, rel=0.05, abs=1e-3)
+
+
 def test_what_failed_is_not_counted(tmp_path: Path) -> None:
     recipe, _ = logged(tmp_path / "run")
     whole = fit(tmp_path / "run", recipe).costs
