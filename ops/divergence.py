@@ -111,14 +111,16 @@ def divergence(
     )
     check_block_rows(block_rows)
     wrong = "" if logits.dim() == 2 else f"logits must be [T, V], got {tuple(logits.shape)}"
+    if not logits.is_floating_point():
+        wrong = f"logits must be of a float dtype, got {logits.dtype}"
     if not wrong and inplace and not has_contiguous_rows(logits):
         wrong = "inplace=True needs logits whose rows are contiguous"
     problem = pose(
         objective,
         scores,
         conditions,
-        num_rows=logits.shape[0],
-        width=logits.shape[-1],
+        num_rows=logits.shape[:1].numel(),
+        width=logits.shape[-1:].numel(),
         dtype=logits.dtype,
         device=logits.device,
         tp_group=tp_group,
