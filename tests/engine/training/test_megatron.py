@@ -148,19 +148,6 @@ def test_a_call_over_the_budget_is_refused_and_costs_nothing(
     step_of_both(trainer, torch_trainer, seed=7)
 
 
-def test_a_loss_that_is_not_finite_is_said_as_itself_and_leaves_the_weights(
-    trainer: MegatronTrainer,
-) -> None:
-    before = trainer.digest()
-    good = make_scored()
-    scores = msgspec.structs.replace(good.scores, top_logprobs=np.full_like(good.scores.top_logprobs, np.nan))
-    with pytest.raises(NonFiniteError, match=r"the loss of 2 of 2 response tokens is not finite"):
-        trainer.accumulate([msgspec.structs.replace(good, scores=scores)])
-
-    assert trainer.digest() == before
-    assert trainer.score([5, 6, 7]), "the ranks are there"
-
-
 def test_a_disk_that_takes_no_checkpoint_is_said_as_itself_and_leaves_the_ranks(
     trainer: MegatronTrainer, torch_trainer: HFTrainer, tmp_path: Path
 ) -> None:
@@ -174,6 +161,20 @@ def test_a_disk_that_takes_no_checkpoint_is_said_as_itself_and_leaves_the_ranks(
             trainer.save(disk.path / "b")
 
     step_of_both(trainer, torch_trainer, seed=9)
+
+
+def test_a_loss_that_is_not_finite_is_said_as_itself_and_leaves_the_weights(
+    trainer: MegatronTrainer,
+) -> None:
+    """The last one with this trainer: the step under way is lost, as its protocol says."""
+    before = trainer.digest()
+    good = make_scored()
+    scores = msgspec.structs.replace(good.scores, top_logprobs=np.full_like(good.scores.top_logprobs, np.nan))
+    with pytest.raises(NonFiniteError, match=r"the loss of 2 of 2 response tokens is not finite"):
+        trainer.accumulate([msgspec.structs.replace(good, scores=scores)])
+
+    assert trainer.digest() == before
+    assert trainer.score([5, 6, 7]), "the ranks are there"
 
 
 def test_what_rank_0_alone_cannot_write_ends_the_ranks_that_wait_for_it(student: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def _config(config: PreTrainedConfig, **fields: Any) -> PreTrainedConfig:
     "config",
     [
         LlamaConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=50),
-        Qwen3Config(num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=50),
+        Qwen3Config(num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=32, vocab_size=50),
         _config(STUDENTS["moonlight"], n_shared_experts=1, first_k_dense_replace=3),
     ],
     ids=lambda config: config.model_type,
