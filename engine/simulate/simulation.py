@@ -4,9 +4,11 @@ time. No decision is made here: the flow, the channels and the supervisor are th
 from __future__ import annotations
 
 import asyncio
+import gc
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from engine.build.life import Built, build
@@ -38,6 +40,7 @@ def simulate(recipe: Recipe, graph: Graph, lengths: Lengths, *, out: Path | None
     """
     cpu_s = time.process_time()
     with (
+        _rare_collections(),
         tempfile.TemporaryDirectory(prefix="simulation-") as folder,
         Tracing(level="error" if out is None else "info") as tracing,
         closing(Ledger.in_memory(run_name=recipe.name, seed=recipe.seed)) as ledger,
@@ -45,6 +48,18 @@ def simulate(recipe: Recipe, graph: Graph, lengths: Lengths, *, out: Path | None
         made, built, seconds = run_virtual(lambda: _run(recipe, graph, lengths, ledger, Path(folder), tracing, out))
         cpu_s = time.process_time() - cpu_s
         return _conclude(recipe, made, built, seconds=seconds, cpu_s=cpu_s)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Thousands of rollouts are in flight for long and are no garbage: to look at them again after every few thousand
+    objects costs more the more there are."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 async def _run(

@@ -93,9 +93,16 @@ def read_report(text: str) -> Report | None:
 
 
 def as_markdown(
-    results: Sequence[Done], *, at: datetime, command: str, machine: str, others: str, not_run: Sequence[str] = ()
+    results: Sequence[Done],
+    *,
+    at: datetime,
+    revision: str,
+    command: str,
+    machine: str,
+    others: str,
+    not_run: Sequence[str] = (),
 ) -> str:
-    """The page that is kept: a function of what was measured, and of the commit."""
+    """The page that is kept: a function of what was measured."""
     minutes = sum(done.seconds for done in results) / 60
     reports = [done.report for done in results if done.report is not None]
     rows = [
@@ -113,7 +120,7 @@ def as_markdown(
     page = [
         f"# Benchmarks, {at:%Y-%m-%d}",
         "",
-        f"`{command}`, {minutes:.0f} minutes, begun {at:%H:%M} UTC. Commit {commit()}. Machine: {machine}. {others}",
+        f"`{command}`, {minutes:.0f} minutes, begun {at:%H:%M} UTC. Commit {revision}. Machine: {machine}. {others}",
         *([f"Interrupted before: {', '.join(not_run)}."] if not_run else []),
         "",
         "A ratio says how many times better ours is than the contender of that row under the same load: less time,",
@@ -152,7 +159,8 @@ def main() -> int:
         for bench in BENCHES
         if (bench.name in options.only if options.only else bench.is_quick or not options.quick)
     ]
-    at, before = datetime.now(UTC), usage()
+    # The revision before a page is written: that one would count as a change.
+    at, before, revision = datetime.now(UTC), usage(), commit()
     if not options.no_file:
         options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{at:%Y-%m-%d}-bench{'-quick' if options.quick else ''}.md"
@@ -164,6 +172,7 @@ def main() -> int:
         page = as_markdown(
             results,
             at=at,
+            revision=revision,
             command=shlex.join(["make", "bench", *([f"ARGS={shlex.join(sys.argv[1:])}"] if sys.argv[1:] else [])]),
             machine=describe_machine(),
             others=said_of_others(before, usage()),

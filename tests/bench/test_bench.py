@@ -53,7 +53,14 @@ def make_report(*, found: float = 2.0, load: str = "much", failures: tuple[str, 
 
 def make_page(*results: Done) -> str:
     at = datetime(2026, 11, 23, 9, 30, tzinfo=UTC)
-    return as_markdown(results, at=at, command="make bench", machine="2 cores", others="Nobody else was there.")
+    return as_markdown(
+        results,
+        at=at,
+        revision="0123abc",
+        command="make bench",
+        machine="2 cores",
+        others="Nobody else was there.",
+    )
 
 
 def done(report: Report | None, *, exit_code: int = 0, text: str = "", reports: bool = True) -> Done:
