@@ -325,8 +325,8 @@ class Sender(Generic[T]):
                     core.wake_receivers()
                 return
             weight = weigh(item)
-            held = core.weight
-            if held <= (total := held + weight) <= core.max_weight:  # neither negative nor NaN, and there is room
+            # 0.0, not 0: two floats are compared faster than a float and an int.
+            if weight >= 0.0 and (total := core.weight + weight) <= core.max_weight:
                 items.append(item)
                 core.weights.append(weight)
                 core.weight = total
